@@ -1,0 +1,35 @@
+"""Sheets of images as PNG files."""
+
+from __future__ import annotations
+
+import io
+import math
+from os import PathLike
+
+import numpy as np
+from PIL import Image
+
+from art_pixeldefend.files import write_atomically
+
+
+def as_picture(image: np.ndarray) -> np.ndarray:
+    """Levels (C, H, W), C 1 or 3, as what Pillow and matplotlib draw: (H, W) or (H, W, 3), uint8."""
+    return image[0] if len(image) == 1 else np.moveaxis(image, 0, -1)
+
+
+def write_sheet(path: str | PathLike[str], images: np.ndarray, scale: int = 2) -> None:
+    """Write levels (N, C, H, W), C 1 or 3, as a roughly square sheet, each level ``scale`` by ``scale`` points.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    count, channels, height, width = images.shape
+    columns = max(1, math.ceil(math.sqrt(count)))
+    rows = max(1, math.ceil(count / columns))
+    sheet = np.full((channels, rows * (height + 1) - 1, columns * (width + 1) - 1), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + 1), i % columns * (width + 1)
+        sheet[:, top : top + height, left : left + width] = image
+    buffer = io.BytesIO()
+    Image.fromarray(as_picture(sheet.repeat(scale, 1).repeat(scale, 2))).save(buffer, "PNG")
+    write_atomically(path, buffer.getvalue())

@@ -1,0 +1,83 @@
+"""Checks at the door: each names the argument and says what was expected."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LEVELS = 256
+
+
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """``value`` as an int, at least ``least``.
+
+    Raises:
+        ValueError: naming the argument ``name``.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        count = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}") from None
+    if count < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {count}")
+    return count
+
+
+def check_eps(name: str, value: Any) -> int:
+    """A radius in levels: an integer (or a float without a fraction) in 0..255.
+
+    Raises:
+        ValueError: naming the argument ``name``.
+    """
+    try:
+        whole = int(value) if not isinstance(value, (bool, str)) and int(value) == value else None
+    except (TypeError, ValueError, OverflowError):
+        whole = None
+    if whole is None or not 0 <= whole < LEVELS:
+        raise ValueError(f"{name} must be a whole number of levels in 0..255, got {value!r}")
+    return whole
+
+
+def check_image_shape(value: Any) -> tuple[int, int, int]:
+    """(C, H, W), three positive integers.
+
+    Raises:
+        ValueError: naming ``image_shape``.
+    """
+    try:
+        shape = tuple(check_count("image_shape", size) for size in value)
+    except (TypeError, ValueError):
+        shape = ()
+    if len(shape) != 3:
+        raise ValueError(f"image_shape must be three positive integers (C, H, W), got {value!r}")
+    return shape
+
+
+def check_levels(name: str, x: Any, image_shape: tuple[int, int, int]) -> Tensor:
+    """A batch of 8-bit levels as a uint8 tensor (N, C, H, W) of the given image shape, on the device it came on.
+
+    Raises:
+        ValueError: naming the argument ``name``, for a wrong shape, or values that are not integers in 0..255.
+    """
+    try:
+        x = x if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x))
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} must be an array or tensor of levels, got {type(x).__name__}") from None
+    if x.ndim != 4 or tuple(x.shape[1:]) != tuple(image_shape):
+        expected = ", ".join(map(str, image_shape))
+        raise ValueError(f"{name} must be of shape (N, {expected}), got {tuple(x.shape)}")
+    if x.dtype == torch.uint8:
+        return x
+    if x.dtype == torch.bool or x.is_complex():
+        raise ValueError(f"{name} must hold integer levels in 0..255, got dtype {x.dtype}")
+    if x.is_floating_point() and not bool((x == x.round()).all()):  # also false for NaN
+        raise ValueError(f"{name} must hold integer levels in 0..255, got fractions or NaN")
+    if x.numel() and not (0 <= x.min() and x.max() < LEVELS):
+        raise ValueError(f"{name} must hold integer levels in 0..255, got {x.min().item()} to {x.max().item()}")
+    return x.to(torch.uint8)
