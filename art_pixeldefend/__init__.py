@@ -1,9 +1,27 @@
 """PixelDefend (Song et al., ICLR 2018, arXiv:1710.10766) for the Adversarial Robustness Toolbox."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from art_pixeldefend.decoding import greedy_decode
+    from art_pixeldefend.defences import AdaptivePixelDefend, PixelDefend, PixelDefendDetector
+    from art_pixeldefend.density import PixelCNNpp
+
 __version__ = "0.1.0"
-
-from art_pixeldefend.decoding import greedy_decode
-from art_pixeldefend.defences import AdaptivePixelDefend, PixelDefend, PixelDefendDetector
-from art_pixeldefend.density import PixelCNNpp
-
 __all__ = ["AdaptivePixelDefend", "PixelCNNpp", "PixelDefend", "PixelDefendDetector", "greedy_decode"]
+
+_ROOMS = {
+    "AdaptivePixelDefend": "defences",
+    "PixelCNNpp": "density",
+    "PixelDefend": "defences",
+    "PixelDefendDetector": "defences",
+    "greedy_decode": "decoding",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch and ART, seconds of work, when one of their classes is asked for: not for ``--help``."""
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)

@@ -1,7 +1,7 @@
 """Data sets by name or path, as 8-bit levels in NCHW.
 
-Names: ``digits`` (scikit-learn's, embedded), ``fashion-mnist``, ``cifar-10`` (the official files, from a data directory or
-downloaded into it). Paths: a folder of images, an ``.npz``.
+Names: ``digits`` (scikit-learn's, embedded), ``fashion-mnist``, ``cifar-10`` (the official files, from a data directory
+or downloaded into it). Paths: a folder of images, an ``.npz``.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def load(name: str | PathLike[str], data_dir: str | PathLike[str] | None = None,
     """The data set of this name, or at this path.
 
     Args:
-        name: ``digits``, ``fashion-mnist``, ``cifar-10``, a folder of images of one size, or an ``.npz`` that holds
-            ``x_train`` and, as far as there are any, ``y_train``, ``x_test``, ``y_test`` (uint8 images, any usual layout).
+        name: ``digits``, ``fashion-mnist``, ``cifar-10``, a folder of images of one size, or an ``.npz`` of
+            ``x_train`` and, as far as there are any, ``y_train``, ``x_test``, ``y_test`` (uint8, any usual layout).
         data_dir: where the official files are, or shall be put; by default the environment variable
             ``ART_PIXELDEFEND_DATA``, else a folder in the user's cache.
         download: fetch what is missing, and check it against the official checksums.
@@ -114,7 +114,9 @@ def _fashion_mnist(folder: Path, download: bool) -> Dataset:
 
 
 def _cifar_10(folder: Path, download: bool) -> Dataset:
-    files = [folder / CIFAR_10_FOLDER / f"{name}.bin" for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")]
+    files = [
+        folder / CIFAR_10_FOLDER / f"{name}.bin" for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+    ]
     if not all(path.is_file() for path in files):
         archive = folder / "cifar-10-binary.tar.gz"
         _download(CIFAR_10_URL, CIFAR_10_MD5, archive, download)
@@ -162,7 +164,7 @@ def _idx(path: Path) -> np.ndarray:
     shape = np.frombuffer(data[4:start], dtype=">u4").astype(int)
     if len(data) != start + shape.prod():
         raise ValueError(f"{str(path)!r} is cut short: {len(data) - start} bytes for an array of {tuple(shape)}")
-    return np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape)
+    return np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape).copy()
 
 
 # Users' own images
@@ -202,7 +204,9 @@ def read_folder(folder: Path) -> tuple[np.ndarray, list[Path]]:
         except (UnidentifiedImageError, OSError, SyntaxError) as error:
             raise ValueError(f"{str(path)!r} cannot be read as an image: {error}") from error
         if images[-1].size != images[0].size:
-            raise ValueError(f"{str(path)!r} is {images[-1].size}, but {str(paths[0])!r} is {images[0].size}: one size only")
+            raise ValueError(
+                f"{str(path)!r} is {images[-1].size}, but {str(paths[0])!r} is {images[0].size}: one size only"
+            )
     mode = "L" if all(image.mode == "L" for image in images) else "RGB"
     return as_nchw(str(folder), np.stack([np.asarray(image.convert(mode)) for image in images])), paths
 

@@ -66,7 +66,7 @@ def check_levels(name: str, x: Any, image_shape: tuple[int, int, int]) -> Tensor
         ValueError: naming the argument ``name``, for a wrong shape, or values that are not integers in 0..255.
     """
     try:
-        x = x if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x))
+        x = x if isinstance(x, Tensor) else torch.from_numpy(np.require(x, requirements="W"))
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{name} must be an array or tensor of levels, got {type(x).__name__}") from None
     if x.ndim != 4 or tuple(x.shape[1:]) != tuple(image_shape):
@@ -78,6 +78,6 @@ def check_levels(name: str, x: Any, image_shape: tuple[int, int, int]) -> Tensor
         raise ValueError(f"{name} must hold integer levels in 0..255, got dtype {x.dtype}")
     if x.is_floating_point() and not bool((x == x.round()).all()):  # also false for NaN
         raise ValueError(f"{name} must hold integer levels in 0..255, got fractions or NaN")
-    if x.numel() and not (0 <= x.min() and x.max() < LEVELS):
+    if x.numel() and not (x.min() >= 0 and x.max() < LEVELS):
         raise ValueError(f"{name} must hold integer levels in 0..255, got {x.min().item()} to {x.max().item()}")
     return x.to(torch.uint8)

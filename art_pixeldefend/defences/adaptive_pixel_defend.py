@@ -19,8 +19,8 @@ from art_pixeldefend.density import PixelCNNpp
 class AdaptivePixelDefend(PixelDefend):
     """PixelDefend with eps 0 for images of fewer bits per dimension than ``threshold`` (Song et al. 2018, section 4.2).
 
-    The paper's sentence has the comparison the other way round; its thresholds and its reason, that likely images need no
-    purification, say this one.
+    The paper's sentence has the comparison the other way round; its thresholds and its reason, that likely images need
+    no purification, say this one.
 
     | Paper link: https://arxiv.org/abs/1710.10766
 
@@ -83,8 +83,12 @@ class AdaptivePixelDefend(PixelDefend):
         y = np.asarray(y)
         y = y.argmax(axis=1) if y.ndim == 2 else y
         if not attacked or any(len(x) != len(y) or not len(y) for x in attacked.values()):
-            raise ValueError(f"attacked must hold, for each attack, as many images as y has labels ({len(y)}), at least 1")
-        bits, alone, purified = [], [], []
+            raise ValueError(
+                f"attacked must hold, for each attack, as many images as y has labels ({len(y)}), at least 1"
+            )
+        bits: list[np.ndarray] = []
+        alone: list[np.ndarray] = []
+        purified: list[np.ndarray] = []
         for x in attacked.values():
             images = Images(self.pixel_cnn.image_shape, self.clip_values)
             like = Images.as_tensor(x)
@@ -133,5 +137,3 @@ def largest_harmless_threshold(bits: np.ndarray, alone: np.ndarray, purified: np
     )
     harmless = right.min(axis=0) >= purified.sum(axis=1).min()
     return float(candidates[harmless].max(initial=0.0))
-
-

@@ -14,9 +14,9 @@ from art.defences.detector.evasion import EvasionDetector
 from torch import Tensor
 
 from art_pixeldefend.batches import map_batches
-from art_pixeldefend.density import PixelCNNpp, checkpoint
 from art_pixeldefend.defences.images import Images, check_clip_values
 from art_pixeldefend.defences.purifier import as_pixel_cnn
+from art_pixeldefend.density import PixelCNNpp, checkpoint
 from art_pixeldefend.validation import check_count
 
 
@@ -25,8 +25,8 @@ class PixelDefendDetector(EvasionDetector):
 
         p-value = (1 + number of training images with p(x_i) <= p(x)) / (N + 1)
 
-    It is exact: were ``x`` drawn like the N training images, the p-value would be uniform over its N + 1 values. A small one
-    says that ``x`` is less likely than the training images are, hence probably adversarial.
+    It is exact: were ``x`` drawn like the N training images, the p-value would be uniform over its N + 1 values. A
+    small one says that ``x`` is less likely than the training images are, hence probably adversarial.
 
     | Paper link: https://arxiv.org/abs/1710.10766
 
@@ -52,13 +52,19 @@ class PixelDefendDetector(EvasionDetector):
         verbose: bool = False,
     ) -> None:
         super().__init__()
-        self.pixel_cnn, self.clip_values, self.alpha = pixel_cnn, clip_values, alpha
+        self.pixel_cnn = as_pixel_cnn(pixel_cnn)
+        self.clip_values, self.alpha = clip_values, alpha
         self.batch_size, self.verbose = batch_size, verbose
         self.log_likelihoods: np.ndarray | None = None
         self._check_params()
 
     def fit(
-        self, x: np.ndarray, y: np.ndarray | None = None, batch_size: int | None = None, nb_epochs: int = 1, **kwargs: Any
+        self,
+        x: np.ndarray,
+        y: np.ndarray | None = None,
+        batch_size: int | None = None,
+        nb_epochs: int = 1,
+        **kwargs: Any,
     ) -> None:
         """Score the training images and keep their log-likelihoods, sorted, as ``log_likelihoods``.
 
@@ -84,8 +90,8 @@ class PixelDefendDetector(EvasionDetector):
             batch_size: images scored at a time, if not the detector's own.
 
         Returns:
-            (report, is_adversarial): the report holds ``p_values`` (N,), ``bits_per_dim`` (N,), ``log_likelihoods`` (N,)
-            in nats, and the level ``alpha``; is_adversarial is boolean (N,).
+            (report, is_adversarial): the report holds ``p_values`` (N,), ``bits_per_dim`` (N,), ``log_likelihoods``
+            (N,) in nats, and the level ``alpha``; is_adversarial is boolean (N,).
 
         Raises:
             ValueError: if the detector has not been fitted, or naming ``x``.
@@ -150,7 +156,7 @@ class PixelDefendDetector(EvasionDetector):
 
 
 def permutation_p_values(scores: np.ndarray, training_scores: np.ndarray) -> np.ndarray:
-    """(1 + number of training scores <= score) / (N + 1), for each of ``scores`` (M,); ``training_scores`` (N,) sorted."""
+    """(1 + training scores <= score) / (N + 1), for each of ``scores`` (M,); ``training_scores`` (N,) are sorted."""
     return (1 + np.searchsorted(training_scores, scores, side="right")) / (len(training_scores) + 1)
 
 

@@ -55,8 +55,8 @@ class Images:
         """Images (N, C, H, W) or (N, H, W, C) as the nearest levels (N, C, H, W), uint8.
 
         Raises:
-            ValueError: naming ``x``: a wrong shape, NaN or infinity, or values outside ``clip_values`` by more than half
-                a level.
+            ValueError: naming ``x``: a wrong shape, NaN or infinity, or values more than half a level outside
+                ``clip_values``.
         """
         x = self._nchw(x)
         levels = (x.double() - self.low) * (TOP / (self.high - self.low))

@@ -20,8 +20,8 @@ class PixelDefend(Purifier):
 
     | Paper link: https://arxiv.org/abs/1710.10766
 
-    | What it does not withstand: an attacker who knows of it and takes its backward pass for the identity, as this class
-      lets ART's attacks do (https://arxiv.org/abs/1802.00420).
+    | What it does not withstand: an attacker who knows of it and takes its backward pass for the identity, as this
+      class lets ART's attacks do (https://arxiv.org/abs/1802.00420).
 
     Args:
         clip_values: (minimum, maximum) of the images: levels 0 and 255.
@@ -53,9 +53,7 @@ class PixelDefend(Purifier):
         method: str = "auto",
         device_type: str = "gpu",
     ) -> None:
-        super().__init__(
-            clip_values, pixel_cnn, batch_size, apply_fit, apply_predict, verbose, device_type=device_type
-        )
+        super().__init__(clip_values, pixel_cnn, batch_size, apply_fit, apply_predict, verbose, device_type=device_type)
         self.eps = eps
         self.method = method
         self._check_params()

@@ -1,4 +1,4 @@
-"""What every purifier shares: levels and clip values, image layout, dtypes, and a backward pass that masks no gradient."""
+"""What every purifier shares: levels and clip values, image layout, dtypes, a backward pass that masks no gradient."""
 
 from __future__ import annotations
 
@@ -21,21 +21,23 @@ from art_pixeldefend.validation import check_count
 class StraightThrough(torch.autograd.Function):
     """Forward: the purified image. Backward: the identity (BPDA, Athalye et al. 2018, arXiv:1802.00420).
 
-    A purifier is piecewise constant. Its true gradient is zero almost everywhere, and an attack that follows it fails for a
-    reason that has nothing to do with robustness.
+    A purifier is piecewise constant. Its true gradient is zero almost everywhere, and an attack that follows it fails
+    for a reason that has nothing to do with robustness.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, purified: Tensor) -> Tensor:
+        """``purified``."""
         return purified
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """The gradient for ``x``."""
         return gradient, None
 
 
-def as_pixel_cnn(pixel_cnn: PixelCNNpp | str | PathLike[str] | None) -> PixelCNNpp:
-    """A model as it is; else the bundled model of that name; else the model in the file at that path.
+def as_pixel_cnn(pixel_cnn: Any, device: torch.device | None = None) -> PixelCNNpp:
+    """A model as it is; else, on ``device``, the bundled model of that name, or the model in the file at that path.
 
     Raises:
         ValueError: naming ``pixel_cnn``.
@@ -44,9 +46,9 @@ def as_pixel_cnn(pixel_cnn: PixelCNNpp | str | PathLike[str] | None) -> PixelCNN
     if isinstance(pixel_cnn, PixelCNNpp):
         return pixel_cnn
     if isinstance(pixel_cnn, str) and pixel_cnn in names():
-        return PixelCNNpp.from_pretrained(pixel_cnn)
+        return PixelCNNpp.from_pretrained(pixel_cnn).to(device)
     if isinstance(pixel_cnn, (str, PathLike)):
-        return PixelCNNpp.load(pixel_cnn)
+        return PixelCNNpp.load(pixel_cnn).to(device)
     raise ValueError(
         f"pixel_cnn must be a PixelCNNpp, a path or one of {', '.join(names())}, got {type(pixel_cnn).__name__}"
     )
@@ -62,8 +64,8 @@ class Purifier(PreprocessorPyTorch):
         apply_fit: purify in the classifier's training, too.
         apply_predict: purify in prediction, and so in attacks.
         verbose: show a progress bar.
-        device_type: ``"gpu"`` or ``"cpu"``: where ART puts the tensors, and where a model that is loaded by path or name
-            goes. A model that is passed stays where it is.
+        device_type: ``"gpu"`` or ``"cpu"``: where a model that is loaded by path or name goes. A model that is passed
+            stays where it is.
     """
 
     params = ["clip_values", "pixel_cnn", "batch_size", "verbose"]
@@ -81,7 +83,7 @@ class Purifier(PreprocessorPyTorch):
     ) -> None:
         super().__init__(device_type=device_type, is_fitted=True, apply_fit=apply_fit, apply_predict=apply_predict)
         self.clip_values = clip_values
-        self.pixel_cnn = pixel_cnn
+        self.pixel_cnn = as_pixel_cnn(pixel_cnn, self.device)
         self.batch_size = batch_size
         self.verbose = verbose
 
@@ -125,15 +127,12 @@ class Purifier(PreprocessorPyTorch):
         return purified.cpu().numpy().astype(np.asarray(x).dtype, copy=False), y
 
     def estimate_gradient(self, x: np.ndarray, grad: np.ndarray) -> np.ndarray:
-        """The gradient at the purified image, handed through as it is (BPDA); purifying again would tell nothing new."""
+        """The gradient at the purified image, handed through (BPDA); purifying once more would tell nothing new."""
         return grad
 
     def _check_params(self) -> None:
         self.clip_values = check_clip_values(self.clip_values)
-        loaded = not isinstance(self.pixel_cnn, PixelCNNpp)
-        self.pixel_cnn = as_pixel_cnn(self.pixel_cnn)
-        if loaded:
-            self.pixel_cnn.to(self.device)
+        self.pixel_cnn = as_pixel_cnn(self.pixel_cnn, self.device)
         self.batch_size = check_count("batch_size", self.batch_size)
         if not isinstance(self.verbose, bool):
             raise ValueError(f"verbose must be a bool, got {self.verbose!r}")

@@ -40,6 +40,8 @@ def read(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})[KEY])
-            return {name: file.get_tensor(name) for name in file.keys()}, header
+            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"path {os.fspath(path)!r} is truncated, corrupted or no checkpoint of ours: {error}") from error
+        raise ValueError(
+            f"path {os.fspath(path)!r} is truncated, corrupted or no checkpoint of ours: {error}"
+        ) from error

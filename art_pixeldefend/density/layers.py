@@ -59,6 +59,7 @@ class WeightNormConv2d(nn.Module):
         return self.direction * (self.gain.view(shape) / norm)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) to (N, out_channels, H', W')."""
         if self.transposed:
             # Kernels of 3 columns are centred, so their first output column belongs to no pixel.
             first = (self.direction.shape[-1] - 1) // 2
@@ -102,8 +103,9 @@ class GatedResnet(nn.Module):
         self.conv_out = WeightNormConv2d(2 * filters, 2 * filters, *field, init_scale=0.1)
 
     def forward(self, x: Tensor, aside: Tensor | None = None) -> Tensor:
+        """(N, F, H, W) and (N, aside_filters, H, W) to (N, F, H, W)."""
         y = self.conv_in(concat_elu(x))
-        if self.skip is not None:
+        if self.skip is not None and aside is not None:
             y = y + self.skip(concat_elu(aside))
         y = self.conv_out(self.dropout(concat_elu(y)))
         a, b = y.chunk(2, dim=1)

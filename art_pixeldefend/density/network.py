@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -20,9 +23,13 @@ class Stream(nn.Module):
         self.resize_u: WeightNormConv2d | None = None
         self.resize_ul: WeightNormConv2d | None = None
 
+    def pairs(self) -> Iterator[tuple[GatedResnet, GatedResnet]]:
+        """The gated resnets of ``u`` and ``ul`` that belong together."""
+        return cast(Iterator[tuple[GatedResnet, GatedResnet]], zip(self.u, self.ul, strict=True))
+
     def then(self, filters: int, *, upwards: bool) -> Stream:
         """Append the strided convolutions (or, ``upwards``, the transposed ones) that lead to the next stage."""
-        how = {"transposed": True} if upwards else {"stride": 2}
+        how: dict = {"transposed": True} if upwards else {"stride": 2}
         padding = [(0, 0, 0, 0)] * 2 if upwards else [ABOVE[1], ABOVE_LEFT[1]]
         self.resize_u = WeightNormConv2d(filters, filters, ABOVE[0], padding[0], **how)
         self.resize_ul = WeightNormConv2d(filters, filters, ABOVE_LEFT[0], padding[1], **how)
@@ -50,9 +57,9 @@ class PixelCNNppNetwork(nn.Module):
         self.down = nn.ModuleList(
             Stream(filters, resnets + (stage > 0), (filters, 2 * filters), dropout) for stage in range(STAGES)
         )
-        for stage in range(STAGES - 1):
-            self.up[stage].then(filters, upwards=False)
-            self.down[stage].then(filters, upwards=True)
+        for before_last in range(STAGES - 1):
+            cast(Stream, self.up[before_last]).then(filters, upwards=False)
+            cast(Stream, self.down[before_last]).then(filters, upwards=True)
         self.head = WeightNormConv2d(filters, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,22 +69,22 @@ class PixelCNNppNetwork(nn.Module):
         u = self.u_start(x)[:, :, :-1]
         ul = self.ul_start_above(x)[:, :, :-1] + self.ul_start_left(x)[:, :, :, :-1]
         us, uls = [u], [ul]
-        for stage in self.up:
-            for resnet_u, resnet_ul in zip(stage.u, stage.ul, strict=True):
+        for stage in cast(Iterable[Stream], self.up):
+            for resnet_u, resnet_ul in stage.pairs():
                 u = resnet_u(u)
                 ul = resnet_ul(ul, u)
                 us.append(u)
                 uls.append(ul)
-            if stage.resize_u is not None:
+            if stage.resize_u is not None and stage.resize_ul is not None:
                 u, ul = stage.resize_u(u), stage.resize_ul(ul)
                 us.append(u)
                 uls.append(ul)
         u, ul = us.pop(), uls.pop()
-        for stage in self.down:
-            for resnet_u, resnet_ul in zip(stage.u, stage.ul, strict=True):
+        for stage in cast(Iterable[Stream], self.down):
+            for resnet_u, resnet_ul in stage.pairs():
                 u = resnet_u(u, us.pop())
                 ul = resnet_ul(ul, torch.cat([u, uls.pop()], dim=1))
-            if stage.resize_u is not None:
+            if stage.resize_u is not None and stage.resize_ul is not None:
                 # An odd resolution was rounded up on the way down; what lies beyond its edge is cut off.
                 rows, columns = us[-1].shape[-2:]
                 u = stage.resize_u(u)[:, :, :rows, :columns]

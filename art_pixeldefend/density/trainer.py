@@ -1,9 +1,9 @@
 """Training a PixelCNN++ by maximum likelihood: one run on one page.
 
-A run lives in a folder: ``metrics.jsonl`` (a line per logging step), ``checkpoint.safetensors`` (everything a resumed run
-needs) and, at the end, ``model.safetensors`` (the averaged weights) and ``samples.png``. Nothing random depends on what
-happened before a step: the batch and the dropout of step t are functions of (seed, t, rank), so a run killed at any moment
-and resumed has the losses of one that was left alone.
+A run lives in a folder: ``metrics.jsonl`` (a line per logging step), ``checkpoint.safetensors`` (everything a resumed
+run needs) and, at the end, ``model.safetensors`` (the averaged weights) and ``samples.png``. Nothing random depends on
+what happened before a step: the batch and the dropout of step t are functions of (seed, t, rank), so a run killed at
+any moment and resumed has the losses of one that was left alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
 
@@ -71,7 +71,12 @@ class Settings:
         for name in ("steps", "batch_size", "every"):
             check_count(name, getattr(self, name))
         check_count("warmup", self.warmup, least=0)
-        for name, low, high in (("decay", 0, 1), ("average", 0, 1), ("learning_rate", 0, math.inf), ("clip", 0, math.inf)):
+        for name, low, high in (
+            ("decay", 0, 1),
+            ("average", 0, 1),
+            ("learning_rate", 0, math.inf),
+            ("clip", 0, math.inf),
+        ):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must be between {low} and {high}, got {getattr(self, name)!r}")
 
@@ -94,6 +99,7 @@ class Loss(nn.Module):
         self.model, self.mixed_precision = model, mixed_precision
 
     def forward(self, x: Tensor) -> Tensor:
+        """Levels (N, C, H, W) to a number."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.mixed_precision):
             return -self.model.sub_pixel_log_probs(x).mean() / math.log(2)
 
@@ -103,7 +109,7 @@ class State:
 
     def __init__(self, model: PixelCNNpp, settings: Settings) -> None:
         self.model, self.settings, self.step = model, settings, 0
-        self.parameters = list(model.parameters())
+        self.parameters: list[Tensor] = list(model.parameters())
         self.average = [parameter.detach().clone() for parameter in self.parameters]
         self.optimizer = torch.optim.Adam(self.parameters, lr=settings.learning_rate, betas=(0.95, 0.9995), fused=True)
 
@@ -130,8 +136,8 @@ class State:
 
     def save(self, path: Path) -> None:
         """Write everything :meth:`load` needs."""
-        groups = {"parameter": self.parameters, "average": self.average}
-        tensors = {f"{group}.{i}": tensor for group, members in groups.items() for i, tensor in enumerate(members)}
+        tensors = {f"parameter.{i}": tensor for i, tensor in enumerate(self.parameters)}
+        tensors |= {f"average.{i}": tensor for i, tensor in enumerate(self.average)}
         for i, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in moments.items()}
         checkpoint.write(path, tensors, {"step": self.step, "settings": asdict(self.settings)})
@@ -170,7 +176,9 @@ class Batches:
     def __call__(self, step: int) -> Tensor:
         """Indices (batch_size,) into the images."""
         first = (step * self.world + self.rank) * self.batch_size
-        return torch.stack([self._order(at // self.count)[at % self.count] for at in range(first, first + self.batch_size)])
+        return torch.stack(
+            [self._order(at // self.count)[at % self.count] for at in range(first, first + self.batch_size)]
+        )
 
     def _order(self, epoch: int) -> Tensor:
         if epoch not in self._epochs:
@@ -241,7 +249,9 @@ def train(
         FloatingPointError: if the loss stops being finite. The last checkpoint stays.
     """
     with _processes() as (rank, world):
-        device = torch.device(device or (f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(
+            device or (f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
+        )
         return _Run(settings, images, held_out, Path(folder), rank, world, device, mixed_precision).go(resume, verbose)
 
 
@@ -263,13 +273,15 @@ class _Run:
 
     def __init__(self, settings, images, held_out, folder, rank, world, device, mixed_precision) -> None:
         if getattr(images, "ndim", 0) != 4 or not len(images):
-            raise ValueError(f"images must be levels (N, C, H, W) with N > 0, got shape {getattr(images, 'shape', None)}")
+            raise ValueError(
+                f"images must be levels (N, C, H, W) with N > 0, got shape {getattr(images, 'shape', None)}"
+            )
         torch.manual_seed(settings.seed)
         self.settings, self.folder, self.rank, self.world, self.device = settings, folder, rank, world, device
         self.model = PixelCNNpp(
             tuple(images.shape[1:]), settings.filters, settings.resnets, settings.mixtures, settings.dropout
         )
-        self.model.to(device=device, memory_format=torch.channels_last)
+        self.model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.images = self.model.as_levels(images, "images")
         self.held_out = self.model.as_levels(held_out, "held_out")
         self.mixed_precision = bf16_pays(device) if mixed_precision is None else mixed_precision
@@ -285,7 +297,9 @@ class _Run:
             self.state.load(self.folder / CHECKPOINT)
         log = Log(self.folder / METRICS, self.state.step) if self.rank == 0 else None
         self.model.train()
-        bar = tqdm(total=self.settings.steps, initial=self.state.step, unit="step", disable=not verbose or self.rank > 0)
+        bar = tqdm(
+            total=self.settings.steps, initial=self.state.step, unit="step", disable=not verbose or self.rank > 0
+        )
         losses: list[Tensor] = []
         began = time.perf_counter()
         while self.state.step < self.settings.steps:
