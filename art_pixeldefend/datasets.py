@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import os
 import tarfile
-import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import pooch
-from PIL import Image, UnidentifiedImageError
+
+from art_pixeldefend.image_files import as_nchw, read_arrays, read_images
 
 DATA_DIR_VARIABLE = "ART_PIXELDEFEND_DATA"
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 FASHION_MNIST_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 FASHION_MNIST_MD5 = {
     "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
@@ -77,7 +76,7 @@ def load(name: str | PathLike[str], data_dir: str | PathLike[str] | None = None,
         return NAMED[str(name)](folder, download)
     path = Path(name)
     if path.is_dir():
-        return _split(str(name), read_folder(path)[0])
+        return _split(str(name), read_images(path).levels)
     if path.suffix == ".npz" and path.is_file():
         return _npz(path)
     raise ValueError(f"name must be one of {', '.join(NAMED)}, a folder of images or an .npz file, got {str(name)!r}")
@@ -170,53 +169,8 @@ def _idx(path: Path) -> np.ndarray:
 # Users' own images
 
 
-def as_nchw(name: str, images: np.ndarray) -> np.ndarray:
-    """uint8 images (N, H, W), (N, H, W, C) or (N, C, H, W), C 1 or 3, as (N, C, H, W).
-
-    Raises:
-        ValueError: naming the argument ``name``.
-    """
-    if images.dtype != np.uint8 or images.ndim not in (3, 4):
-        raise ValueError(f"{name} must be uint8 images (N, H, W[, C]), got {images.dtype} of shape {images.shape}")
-    if images.ndim == 3:
-        return images[:, None]
-    if images.shape[1] in (1, 3):
-        return images
-    if images.shape[3] in (1, 3):
-        return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
-    raise ValueError(f"{name} must have 1 or 3 channels, got shape {images.shape}")
-
-
-def read_folder(folder: Path) -> tuple[np.ndarray, list[Path]]:
-    """All images of one size in a folder and its subfolders, grey if all of them are: levels (N, C, H, W), and paths.
-
-    Raises:
-        ValueError: if there are none, sizes differ, or a file cannot be read; naming the file.
-    """
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not paths:
-        raise ValueError(f"{str(folder)!r} holds no images ({', '.join(IMAGE_SUFFIXES)})")
-    images = []
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                images.append(image.convert("L" if image.mode in ("1", "L") else "RGB"))
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            raise ValueError(f"{str(path)!r} cannot be read as an image: {error}") from error
-        if images[-1].size != images[0].size:
-            raise ValueError(
-                f"{str(path)!r} is {images[-1].size}, but {str(paths[0])!r} is {images[0].size}: one size only"
-            )
-    mode = "L" if all(image.mode == "L" for image in images) else "RGB"
-    return as_nchw(str(folder), np.stack([np.asarray(image.convert(mode)) for image in images])), paths
-
-
 def _npz(path: Path) -> Dataset:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{str(path)!r} is cut short or no .npz of plain arrays: {error}") from error
+    arrays = read_arrays(path)
     if "x_train" not in arrays:
         raise ValueError(f"{str(path)!r} must hold an array x_train, got {sorted(arrays) or 'nothing'}")
     x = as_nchw("x_train", arrays["x_train"])

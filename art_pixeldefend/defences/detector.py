@@ -102,7 +102,7 @@ class PixelDefendDetector(EvasionDetector):
         p_values = permutation_p_values(scores, self.log_likelihoods)
         report = {
             "p_values": p_values,
-            "bits_per_dim": -scores / (math.prod(self.pixel_cnn.image_shape) * math.log(2)),
+            "bits_per_dim": self._bits(scores),
             "log_likelihoods": scores,
             "alpha": self.alpha,
         }
@@ -118,6 +118,17 @@ class PixelDefendDetector(EvasionDetector):
         tensor = x if isinstance(x, Tensor) else Images.as_tensor(x)
         levels = Images(self.pixel_cnn.image_shape, self.clip_values).to_levels(tensor).to(self.pixel_cnn.device)
         return map_batches(self.pixel_cnn.log_prob, levels, size, verbose=self.verbose, what="score").cpu().numpy()
+
+    def bits_per_dim(self, x: np.ndarray, batch_size: int | None = None) -> np.ndarray:
+        """Bits per dimension (N,) of images, float64.
+
+        Raises:
+            ValueError: naming ``x``: a wrong shape, NaN or infinity, or values outside ``clip_values``.
+        """
+        return self._bits(self.score(x, batch_size))
+
+    def _bits(self, scores: np.ndarray) -> np.ndarray:
+        return -scores / (math.prod(self.pixel_cnn.image_shape) * math.log(2))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the training images' log-likelihoods, so that they are scored once.
