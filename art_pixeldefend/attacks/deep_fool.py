@@ -1,0 +1,91 @@
+"""DeepFool in the norm the paper's code uses: ART has the L2 one only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from art.attacks.attack import EvasionAttack
+from art.estimators.classification.classifier import ClassGradientsMixin
+from art.estimators.estimator import BaseEstimator
+
+from art_pixeldefend.attacks.budget import level, scalar_clip_values
+from art_pixeldefend.validation import check_count
+
+
+class DeepFoolLInf(EvasionAttack):
+    """DeepFool for the L-infinity norm (Moosavi-Dezfooli et al. 2016, arXiv:1511.04599, section 3.3, p = infinity).
+
+        x <- x + (1 + overshoot) sum of |f_k| / ||w_k||_1 sign(w_k),  k the class nearest in that norm,
+        f_k and w_k: logit k, and its gradient, less those of the class predicted first
+
+    until the prediction changes. An 8-bit image cannot hold a fraction of a level, and rounding to the nearest takes
+    the image back over the boundary about every other time; so the change is rounded outwards in the end. ART's
+    ``DeepFool`` takes L2 steps, which put more than a small ball holds into few pixels.
+
+    Args:
+        estimator: an ART classifier with class gradients and clip values; its outputs should be logits.
+        max_iter: most steps (the paper's code: 50).
+        overshoot: the paper's code: 0.02.
+        batch_size: images at a time.
+
+    Raises:
+        ValueError: naming the argument that is not as described.
+    """
+
+    attack_params = [*EvasionAttack.attack_params, "max_iter", "overshoot", "batch_size"]
+    _estimator_requirements = (BaseEstimator, ClassGradientsMixin)
+
+    def __init__(self, estimator: Any, *, max_iter: int = 50, overshoot: float = 0.02, batch_size: int = 128) -> None:
+        super().__init__(estimator=estimator)
+        self.max_iter, self.overshoot, self.batch_size = max_iter, overshoot, batch_size
+        self._check_params()
+
+    def generate(self, x: np.ndarray, y: np.ndarray | None = None, **kwargs: Any) -> np.ndarray:
+        """Attacked images of ``x`` (N, ...), of any distance; ``y`` is left unread, as in ART's DeepFool."""
+        pieces = [self._attack(x[i : i + self.batch_size]) for i in range(0, len(x), self.batch_size)]
+        return np.concatenate(pieces) if pieces else x.copy()
+
+    def _attack(self, x: np.ndarray) -> np.ndarray:
+        clip_values = scalar_clip_values(self.estimator)
+        attacked, total = x.copy(), np.zeros_like(x)
+        logits = self.estimator.predict(x, batch_size=self.batch_size)
+        first = logits.argmax(axis=1)
+        active = np.arange(len(x))
+        for _ in range(self.max_iter):
+            total[active] += self._step(attacked[active], logits, first[active])
+            attacked[active] = np.clip(x[active] + (1 + self.overshoot) * total[active], *clip_values)
+            logits = self.estimator.predict(attacked[active], batch_size=self.batch_size)
+            unmoved = logits.argmax(axis=1) == first[active]
+            active, logits = active[unmoved], logits[unmoved]
+            if not len(active):
+                break
+        return self._outwards(x, attacked)
+
+    def _outwards(self, x: np.ndarray, attacked: np.ndarray) -> np.ndarray:
+        """Changes as whole levels, no smaller than they are."""
+        one = level(self.estimator)
+        change = (attacked - x) / one
+        whole = np.sign(change) * np.ceil(np.abs(change) - 1e-3)
+        return np.clip(x + whole * one, *scalar_clip_values(self.estimator)).astype(x.dtype)
+
+    def _step(self, x: np.ndarray, logits: np.ndarray, first: np.ndarray) -> np.ndarray:
+        """The smallest change of ``x`` that takes the linearised classifier to its nearest boundary."""
+        rows = np.arange(len(x))
+        gradients = self.estimator.class_gradient(x)
+        w = (gradients - gradients[rows, first][:, None]).reshape(len(x), logits.shape[1], -1)
+        norms = np.abs(w).sum(axis=2)
+        norms[rows, first] = np.inf  # so that f / norm is 0 there, not 0 / 0; it is left out below
+        distances = np.abs(logits - logits[rows, first][:, None]) / np.maximum(norms, 1e-12)
+        distances[rows, first] = np.inf
+        nearest = distances.argmin(axis=1)
+        # A little more than the distance, or a boundary that is touched is never crossed.
+        change = (distances[rows, nearest] + 1e-6)[:, None] * np.sign(w[rows, nearest])
+        return change.reshape(x.shape).astype(x.dtype)
+
+    def _check_params(self) -> None:
+        self.max_iter = check_count("max_iter", self.max_iter)
+        self.batch_size = check_count("batch_size", self.batch_size)
+        if not self.overshoot >= 0:
+            raise ValueError(f"overshoot must be at least 0, got {self.overshoot!r}")
+        scalar_clip_values(self.estimator)

@@ -1,0 +1,43 @@
+"""RAND: noise, the weakest of the paper's attacks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from art.attacks.attack import EvasionAttack
+from art.estimators.estimator import BaseEstimator
+
+from art_pixeldefend.attacks.budget import from_levels, scalar_clip_values, to_levels
+from art_pixeldefend.validation import check_count, check_eps
+
+
+class RandomNoise(EvasionAttack):
+    """RAND of PixelDefend, section 3.2: adds a whole number of levels, uniform in [-eps, eps], to every value.
+
+    Args:
+        estimator: an ART estimator with clip values.
+        eps: radius in levels, 0..255.
+        seed: of the noise. Every call to ``generate`` starts from it: the same images get the same noise.
+
+    Raises:
+        ValueError: naming the argument that is not as described.
+    """
+
+    attack_params = [*EvasionAttack.attack_params, "eps", "seed"]
+    _estimator_requirements = (BaseEstimator,)
+
+    def __init__(self, estimator: Any, *, eps: int, seed: int = 0) -> None:
+        super().__init__(estimator=estimator)
+        self.eps, self.seed = eps, seed
+        self._check_params()
+
+    def generate(self, x: np.ndarray, y: np.ndarray | None = None, **kwargs: Any) -> np.ndarray:
+        """Images of ``x`` (N, ...), rounded to levels, with noise; ``y`` is left unread."""
+        clip_values = scalar_clip_values(self.estimator)
+        noise = np.random.default_rng(self.seed).integers(-self.eps, self.eps, x.shape, endpoint=True)
+        return from_levels(np.clip(to_levels(x, clip_values) + noise, 0, 255), clip_values, x.dtype)
+
+    def _check_params(self) -> None:
+        self.eps, self.seed = check_eps("eps", self.eps), check_count("seed", self.seed, least=0)
+        scalar_clip_values(self.estimator)

@@ -1,0 +1,87 @@
+"""What adversarial training needs and ART's attacks are not (PixelDefend, Appendix B)."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import numpy as np
+from art.attacks.attack import EvasionAttack
+from art.estimators.classification.classifier import ClassGradientsMixin
+from art.estimators.estimator import BaseEstimator, LossGradientsMixin
+
+from art_pixeldefend.attacks.budget import bim_steps, level
+
+
+class HalfNormalAttack(EvasionAttack):
+    """Attacks every image with a radius of its own, |N(0, delta)| truncated to [0, 2 delta].
+
+    Labels are the model's own predictions, whatever it is given: ART's trainer hands over the true ones, and a model
+    that is trained on attacks made with these learns to read the label off the perturbation (Kurakin et al. 2017,
+    arXiv:1611.01236).
+
+    Args:
+        estimator: an ART classifier with loss gradients and clip values.
+        delta: deviation of the radius, in levels.
+        seed: of the radii.
+
+    Raises:
+        ValueError: if ``delta`` is not positive or the estimator has no clip values.
+    """
+
+    attack_params = [*EvasionAttack.attack_params, "delta", "seed"]
+    _estimator_requirements = (BaseEstimator, LossGradientsMixin, ClassGradientsMixin)
+
+    def __init__(self, estimator: Any, *, delta: float = 8, seed: int = 0) -> None:
+        super().__init__(estimator=estimator)
+        self.delta, self.seed = delta, seed
+        self._check_params()
+        self._rng = np.random.default_rng(seed)
+
+    def generate(self, x: np.ndarray, y: np.ndarray | None = None, **kwargs: Any) -> np.ndarray:
+        """Attacked images of ``x`` (N, ...); ``y`` is left unread."""
+        predicted = self.estimator.predict(x, batch_size=len(x)).argmax(axis=1)
+        labels = np.eye(self.estimator.nb_classes, dtype=np.float32)[predicted]
+        return self._attack(x, labels, self._radii(len(x)))
+
+    def _radii(self, count: int) -> np.ndarray:
+        """Levels (count,), those beyond the truncation drawn again."""
+        radii = np.abs(self._rng.normal(0, self.delta, count))
+        while (beyond := radii > 2 * self.delta).any():
+            radii[beyond] = np.abs(self._rng.normal(0, self.delta, beyond.sum()))
+        return radii
+
+    @abstractmethod
+    def _attack(self, x: np.ndarray, labels: np.ndarray, radii: np.ndarray) -> np.ndarray:
+        """Images attacked against one-hot ``labels`` within ``radii``."""
+
+    def _climb(self, x: np.ndarray, labels: np.ndarray, step: np.ndarray | float) -> np.ndarray:
+        """A step of this many levels along the sign of the gradient, within the clip values."""
+        sign = np.sign(self.estimator.loss_gradient(x, labels))
+        step = np.reshape(step, (-1, *[1] * (x.ndim - 1)))
+        return np.clip(x + step * level(self.estimator) * sign, *self.estimator.clip_values).astype(x.dtype)
+
+    def _check_params(self) -> None:
+        level(self.estimator)
+        if not self.delta > 0:
+            raise ValueError(f"delta must be a positive number of levels, got {self.delta!r}")
+
+
+class HalfNormalFGSM(HalfNormalAttack):
+    """One step of the whole radius along the sign of the gradient."""
+
+    def _attack(self, x: np.ndarray, labels: np.ndarray, radii: np.ndarray) -> np.ndarray:
+        return self._climb(x, labels, radii)
+
+
+class HalfNormalBIM(HalfNormalAttack):
+    """Steps of one level, as many as the radius asks for, clipped to it."""
+
+    def _attack(self, x: np.ndarray, labels: np.ndarray, radii: np.ndarray) -> np.ndarray:
+        attacked, steps = x.copy(), np.array([bim_steps(radius) for radius in radii])
+        ball = (radii * level(self.estimator)).reshape(-1, *[1] * (x.ndim - 1))
+        for done in range(steps.max(initial=0)):
+            going = steps > done
+            climbed = self._climb(attacked[going], labels[going], 1.0)
+            attacked[going] = np.clip(climbed, x[going] - ball[going], x[going] + ball[going])
+        return attacked

@@ -1,0 +1,41 @@
+"""What both networks are built from."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Network(nn.Module):
+    """A classifier of images in [0, 1] that knows how it was built.
+
+    Attributes:
+        network: its name.
+        configuration: the arguments that build it again.
+    """
+
+    network: str
+    configuration: dict[str, Any]
+
+
+class Standardise(nn.Module):
+    """Per-image standardisation of images in [0, 1]: mean 0 and deviation 1 over channels, rows and columns.
+
+    The deviation, in levels, is at least 1 / sqrt(C H W), so that a uniform image stays finite (TensorFlow's
+    ``per_image_standardization``, which the paper's code puts in front of both networks).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C, H, W)."""
+        levels = x * 255.0
+        centred = levels - levels.mean((1, 2, 3), keepdim=True)
+        # The square root of a clamped variance has a finite gradient where the image is uniform; std() has not.
+        variance = centred.square().mean((1, 2, 3), keepdim=True)
+        return centred / variance.clamp_min(1 / math.prod(x.shape[1:])).sqrt()
+
+
+def conv(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
+    """A 3 x 3 convolution; its bias is left to the batch normalisation."""
+    return nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False)

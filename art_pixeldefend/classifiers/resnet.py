@@ -1,0 +1,67 @@
+"""The paper's ResNet (PixelDefend, Appendix C.1)."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from art_pixeldefend.classifiers.layers import Network, Standardise, conv
+
+
+class ResNet(Network):
+    """Pre-activation residual network with leaky ReLU: 6 ``units`` + 2 layers, 62 in the paper.
+
+        x -> x + conv(act(bn(conv(act(bn(x))))))
+
+    Three stages of ``width``, 2 ``width`` and 4 ``width`` feature maps, each after the first at half the resolution; a
+    shortcut between stages averages 2 x 2 pixels and pads the missing feature maps with zeros.
+
+    Args:
+        image_shape: (C, H, W).
+        classes: how many.
+        width: feature maps of the first stage (the paper: 16 for CIFAR-10, 4 for Fashion-MNIST).
+        units: residual units a stage (the paper: 10).
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int], classes: int = 10, width: int = 16, units: int = 10) -> None:
+        super().__init__()
+        self.standardise = Standardise()
+        self.stem = conv(image_shape[0], width)
+        widths = [width] * (units + 1) + [2 * width] * units + [4 * width] * units
+        self.units = nn.Sequential(*(Unit(a, b) for a, b in pairwise(widths)))
+        self.norm = nn.BatchNorm2d(4 * width)
+        self.head = nn.Linear(4 * width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, classes) of images (N, C, H, W) in [0, 1]."""
+        x = self.units(self.stem(self.standardise(x)))
+        return self.head(_activate(self.norm(x)).mean((2, 3)))
+
+
+class Unit(nn.Module):
+    """A residual unit; one that widens halves the resolution."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.wider = channels_out - channels_in
+        self.norm1, self.conv1 = nn.BatchNorm2d(channels_in), conv(channels_in, channels_out, 2 if self.wider else 1)
+        self.norm2, self.conv2 = nn.BatchNorm2d(channels_out), conv(channels_out, channels_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, channels_in, H, W) to (N, channels_out, H', W')."""
+        change = self.conv1(_activate(self.norm1(x)))
+        change = self.conv2(_activate(self.norm2(change)))
+        return self._shortcut(x) + change
+
+    def _shortcut(self, x: Tensor) -> Tensor:
+        if not self.wider:
+            return x
+        before = self.wider // 2
+        # ceil_mode as the strided convolution has it: an odd last row or column is kept.
+        return F.pad(F.avg_pool2d(x, 2, ceil_mode=True), (0, 0, 0, 0, before, self.wider - before))
+
+
+def _activate(x: Tensor) -> Tensor:
+    return F.leaky_relu(x, 0.1)

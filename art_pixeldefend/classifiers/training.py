@@ -1,0 +1,211 @@
+"""Training a classifier: one run on one page, through ART's own classes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from art.defences.preprocessor import LabelSmoothing
+from art.defences.trainer import AdversarialTrainer
+from art.estimators.classification import PyTorchClassifier
+from torch import Tensor
+from tqdm import tqdm
+
+from art_pixeldefend.attacks.training import HalfNormalBIM, HalfNormalFGSM
+from art_pixeldefend.classifiers.layers import Network
+from art_pixeldefend.classifiers.networks import as_art
+
+TECHNIQUES = ("normal", "label-smoothing", "adversarial-fgsm", "adversarial-bim")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long, how fast.
+
+    Args:
+        steps: optimiser steps.
+        batch_size: images a step.
+        learning_rate: at its highest.
+        milestones: steps from which the learning rate is a tenth of what it was; without any, one cycle up and down
+            (Smith and Topin 2018, arXiv:1708.07120).
+        momentum, nesterov, weight_decay: of the gradient descent.
+        flips: mirror half of the images, left to right.
+        mixed_precision: bf16 autocast in training.
+    """
+
+    steps: int
+    batch_size: int = 128
+    learning_rate: float = 0.1
+    milestones: tuple[int, ...] = ()
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+    flips: bool = True
+    mixed_precision: bool = True
+
+    def scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        """Stepped once after every optimiser step."""
+        if self.milestones:
+            return torch.optim.lr_scheduler.MultiStepLR(optimizer, self.milestones)
+        # One more than there are steps: the scheduler also counts the start.
+        return torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, self.learning_rate, total_steps=self.steps + 1, pct_start=0.2, cycle_momentum=False
+        )
+
+
+RECIPES = {
+    # The reference code's; the paper has no more than its results.
+    "paper": Recipe(80_000, milestones=(40_000, 60_000), nesterov=False, mixed_precision=False),
+    "quick": Recipe(2_000, batch_size=256, learning_rate=0.2),
+    # For images of digits: few, small, and none the mirror of another.
+    "digits": Recipe(400, batch_size=64, flips=False, mixed_precision=False),
+}
+
+
+def train(
+    model: Network,
+    x: np.ndarray,
+    y: np.ndarray,
+    recipe: Recipe | str = "quick",
+    technique: str = "normal",
+    *,
+    delta: float = 8,
+    smoothing: float = 0.1,
+    seed: int = 0,
+    verbose: bool = False,
+) -> Network:
+    """Train a network that :func:`build` made, in place; the same weights for the same seed and number of threads.
+
+    Args:
+        model: the network.
+        x: levels (N, C, H, W), uint8.
+        y: class numbers (N,).
+        recipe: how long and how fast; or a name in ``RECIPES``.
+        technique: ``"normal"``; ``"label-smoothing"``, by ART's ``LabelSmoothing``; or ``"adversarial-fgsm"`` and
+            ``"adversarial-bim"``, by ART's ``AdversarialTrainer``: half of every batch is attacked, against the model's
+            own predictions and with a radius of |N(0, delta)| per image (PixelDefend, Appendix B). The reference code
+            weighs clean and attacked losses 2 to 0.6; ART's trainer takes their mean, and so does this.
+        delta: deviation of the radius, in levels (the paper: 8 for CIFAR-10, 8 or 25 for Fashion-MNIST).
+        smoothing: label smoothing's e: 1 - e for the true class, e / (classes - 1) for each other.
+        seed: of order, flips, dropout and attacks.
+        verbose: show a progress bar.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ValueError: for an unknown recipe or technique, or images that are not levels.
+        FloatingPointError: if training diverged.
+    """
+    recipe = _recipe(recipe)
+    if technique not in TECHNIQUES:
+        raise ValueError(f"technique must be one of {', '.join(TECHNIQUES)}, got {technique!r}")
+    if x.dtype != np.uint8 or x.ndim != 4 or len(x) != len(y):
+        raise ValueError(f"x must be levels (N, C, H, W), uint8, one for each y, got {x.dtype} of shape {x.shape}")
+    classes = model.configuration["classes"]
+    labels = np.eye(classes, dtype=np.float32)[y]
+    if technique == "label-smoothing":
+        labels = LabelSmoothing(max_value=1 - smoothing)(x, labels)[1]
+    with _seeded(seed):
+        classifier, scheduler = _classifier(model, recipe)
+        fit = _fit(classifier, technique, delta, seed)
+        # Made before standard error is muted for ART's own progress bars, one of which it shows for every batch.
+        bar = tqdm(total=recipe.steps, unit="step", desc=technique, disable=not verbose, file=sys.stderr)
+        with bar, contextlib.redirect_stderr(io.StringIO()):
+            for batch in _batches(len(x), recipe, seed):
+                images = _flip(x[batch.ids], batch.flips).astype(np.float32) / 255
+                fit(images, labels[batch.ids], batch_size=len(images), nb_epochs=1, scheduler=scheduler)
+                bar.update()
+    if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
+        raise FloatingPointError("training diverged; lower the recipe's learning_rate")
+    return model.eval()
+
+
+def _recipe(recipe: Recipe | str) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
+    return RECIPES[recipe]
+
+
+def _classifier(model: Network, recipe: Recipe) -> tuple[PyTorchClassifier, Any]:
+    """What ART trains, and its learning-rate scheduler."""
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        recipe.learning_rate,
+        recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.nesterov,
+    )
+    wrapped = _MixedPrecision(model) if recipe.mixed_precision else model
+    return as_art(wrapped, optimizer=optimizer), recipe.scheduler(optimizer)
+
+
+def _fit(classifier: PyTorchClassifier, technique: str, delta: float, seed: int) -> Callable[..., None]:
+    """ART's function that does a training step when given a batch."""
+    attacks = {"adversarial-fgsm": HalfNormalFGSM, "adversarial-bim": HalfNormalBIM}
+    if technique not in attacks:
+        return classifier.fit
+    return AdversarialTrainer(classifier, attacks[technique](classifier, delta=delta, seed=seed), ratio=0.5).fit
+
+
+class _MixedPrecision(Network):
+    """A network under bf16 autocast, its logits in fp32."""
+
+    def __init__(self, model: Network) -> None:
+        super().__init__()
+        self.model, self.configuration = model, model.configuration
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return self.model(x).float()
+
+
+@dataclass(frozen=True)
+class _Batch:
+    ids: np.ndarray
+    flips: np.ndarray
+
+
+def _batches(count: int, recipe: Recipe, seed: int) -> Iterator[_Batch]:
+    """One a step: which images, and which of them are mirrored. Every epoch has an order of its own."""
+    rng = np.random.default_rng(seed)
+    size = min(recipe.batch_size, count)
+    per_epoch = count // size
+    for step in range(recipe.steps):
+        if step % per_epoch == 0:
+            order = rng.permutation(count)
+        ids = order[step % per_epoch * size :][:size]
+        yield _Batch(ids, rng.random(size) < (0.5 if recipe.flips else 0.0))
+
+
+def _flip(x: np.ndarray, which: np.ndarray) -> np.ndarray:
+    return np.where(which[:, None, None, None], x[..., ::-1], x)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """torch's and NumPy's global generators, which ART draws from, seeded inside and restored afterwards."""
+    state = np.random.get_state()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(state)
+
+
+def shortened(recipe: Recipe | str, steps: int) -> Recipe:
+    """A recipe with fewer (or more) steps, its milestones moved in proportion."""
+    recipe = _recipe(recipe)
+    milestones = tuple(math.ceil(milestone * steps / recipe.steps) for milestone in recipe.milestones)
+    return replace(recipe, steps=steps, milestones=milestones)

@@ -1,0 +1,183 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from art_pixeldefend import datasets
+from art_pixeldefend.classifiers import (
+    NETWORKS,
+    RECIPES,
+    TECHNIQUES,
+    Recipe,
+    accuracy,
+    as_art,
+    build,
+    load,
+    save,
+    train,
+)
+from art_pixeldefend.classifiers.layers import Standardise
+from art_pixeldefend.classifiers.training import shortened
+
+TINY = Recipe(steps=3, batch_size=16, mixed_precision=False, flips=False)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return datasets.load("digits")
+
+
+def small(network, **arguments):
+    sizes = {"resnet": {"units": 1}, "vgg": {"width": 2}}[network]
+    return build(network, (1, 8, 8), **sizes, **arguments)
+
+
+def weights(model):
+    return torch.cat([value.flatten().double() for value in model.state_dict().values()])
+
+
+def test_the_resnet_has_62_weighted_layers():
+    model = build("resnet", (1, 28, 28))
+    layers = [module for module in model.modules() if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear))]
+    assert len(layers) == 62
+
+
+@pytest.mark.parametrize(("shape", "widths"), [((3, 32, 32), [16, 128, 512, 512]), ((1, 28, 28), [4, 32, 128, 128])])
+def test_the_vgg_has_the_papers_widths(shape, widths):
+    model = build("vgg", shape)
+    found = [module.out_channels for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert found == [width for width, count in zip(widths, (2, 2, 3, 3), strict=True) for _ in range(count)]
+    assert [module.out_features for module in model.head if isinstance(module, torch.nn.Linear)] == [widths[-1], 10]
+
+
+@pytest.mark.parametrize(("shape", "width"), [((3, 32, 32), 16), ((1, 28, 28), 4)])
+def test_the_resnet_has_the_papers_widths(shape, width):
+    model = build("resnet", shape)
+    assert [model.units[i].conv2.out_channels for i in (0, 10, 20)] == [width, 2 * width, 4 * width]
+    assert [model.units[i].conv1.stride[0] for i in (0, 10, 20)] == [1, 2, 2]
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 9, 7), (1, 28, 28), (3, 32, 32)])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_networks_take_any_image_size(network, shape):
+    model = build(network, shape, classes=7, width=2).eval()
+    assert model(torch.rand(2, *shape)).shape == (2, 7)
+
+
+def test_standardised_images_have_mean_0_and_deviation_1():
+    x = Standardise()(torch.rand(4, 3, 8, 8))
+    assert torch.allclose(x.mean((1, 2, 3)), torch.zeros(4), atol=1e-5)
+    assert torch.allclose(x.std((1, 2, 3), correction=0), torch.ones(4), atol=1e-4)
+
+
+def test_uniform_images_have_finite_gradients():
+    x = torch.full((2, 1, 8, 8), 0.5, requires_grad=True)
+    Standardise()(x).square().sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_seed_decides_the_initial_weights(network):
+    first, same, other = (weights(small(network, seed=seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, same) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_the_seed_decides_the_trained_weights(technique, digits):
+    first, same, other = (
+        weights(train(small("vgg"), digits.x_train[:64], digits.y_train[:64], TINY, technique, seed=seed))
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, same) and not torch.equal(first, other)
+
+
+def test_training_leaves_the_global_generators_alone(digits):
+    torch.manual_seed(7), np.random.seed(7)
+    expected = torch.rand(1).item(), np.random.rand()
+    torch.manual_seed(7), np.random.seed(7)
+    train(small("resnet"), digits.x_train[:64], digits.y_train[:64], TINY, "adversarial-fgsm")
+    assert (torch.rand(1).item(), np.random.rand()) == expected
+
+
+def test_a_trained_network_reads_digits(digits):
+    recipe = replace(RECIPES["digits"], steps=150)
+    model = train(small("resnet"), digits.x_train, digits.y_train, recipe)
+    assert accuracy(as_art(model), digits.x_test.astype(np.float32) / 255, digits.y_test) > 0.9
+
+
+def test_smoothed_labels_make_less_confident_predictions(digits):
+    recipe, x = replace(RECIPES["digits"], steps=100), digits.x_train[:200].astype(np.float32) / 255
+    plain, smooth = (
+        train(small("resnet"), digits.x_train, digits.y_train, recipe, technique, smoothing=0.3)
+        for technique in ("normal", "label-smoothing")
+    )
+    plain, smooth = (torch.softmax(model(torch.from_numpy(x)), 1).amax(1).mean() for model in (plain, smooth))
+    assert smooth < 0.85 < plain
+
+
+def test_adversarial_training_prints_nothing(digits, capfd):
+    train(small("resnet"), digits.x_train[:64], digits.y_train[:64], TINY, "adversarial-fgsm")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_saved_network_comes_back_the_same(tmp_path):
+    model = small("vgg").eval()
+    save(tmp_path / "model.safetensors", model, {"seed": 0})
+    again, provenance = load(tmp_path / "model.safetensors")
+    x = torch.rand(3, 1, 8, 8)
+    assert torch.equal(model(x), again(x)) and provenance == {"seed": 0}
+
+
+def test_a_broken_file_is_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save(path, small("vgg"))
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="path"):
+        load(path)
+
+
+def test_a_foreign_checkpoint_is_refused(tmp_path):
+    from art_pixeldefend.density import checkpoint
+
+    checkpoint.write(tmp_path / "a.safetensors", {"x": torch.zeros(1)}, {"kind": "other"})
+    with pytest.raises(ValueError, match="no classifier"):
+        load(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"recipe": "none"}, "recipe"), ({"technique": "none"}, "technique"), ({"x": np.zeros((4, 1, 8, 8))}, "x must")],
+)
+def test_unknown_names_and_wrong_images_are_refused(arguments, message):
+    arguments = {"x": np.zeros((4, 1, 8, 8), np.uint8), "y": np.zeros(4, int)} | arguments
+    with pytest.raises(ValueError, match=message):
+        train(small("vgg"), **arguments)
+
+
+def test_an_unknown_network_or_size_is_refused():
+    with pytest.raises(ValueError, match="resnet"):
+        build("alexnet", (1, 8, 8))
+    with pytest.raises(ValueError, match="sizes"):
+        build("vgg", (1, 8, 8), depth=3)
+
+
+def test_diverged_training_is_reported(digits):
+    with pytest.raises(FloatingPointError, match="learning_rate"):
+        train(small("vgg"), digits.x_train[:64], digits.y_train[:64], replace(TINY, learning_rate=1e30, steps=12))
+
+
+def test_a_shortened_recipe_keeps_its_shape():
+    assert shortened("paper", 800).milestones == (400, 600)
+    assert shortened("quick", 10).steps == 10
+
+
+def test_the_paper_recipe_divides_the_learning_rate_by_ten_at_its_milestones():
+    recipe = shortened("paper", 8)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], recipe.learning_rate)
+    scheduler, rates = recipe.scheduler(optimizer), []
+    for _ in range(recipe.steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step(), scheduler.step()
+    assert rates == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2)
