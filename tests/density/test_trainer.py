@@ -1,0 +1,133 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from art_pixeldefend import PixelCNNpp
+from art_pixeldefend.density.trainer import Batches, Settings, train
+
+SMALL = Settings(filters=4, resnets=1, mixtures=2, dropout=0.3, steps=60, batch_size=8, every=20, dataset="smooth")
+SHAPE = (1, 6, 6)
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def metrics(folder):
+    """The lines of a run's metrics but for what the clock says."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "images_per_second"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(make_levels, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    model = train(SMALL, make_levels(64, SHAPE), make_levels(16, SHAPE, seed=1), folder, verbose=False)
+    return folder, model
+
+
+def test_a_run_leaves_a_model_its_metrics_and_samples(uninterrupted):
+    folder, model = uninterrupted
+    names = {"model.safetensors", "metrics.jsonl", "samples.png", "checkpoint.safetensors"}
+    assert {file.name for file in folder.iterdir()} == names
+    loaded = PixelCNNpp.load(folder / "model.safetensors")
+    assert loaded.provenance["dataset"] == "smooth" and loaded.provenance["steps"] == 60
+    assert loaded.provenance["test_bits_per_dim"] == model.provenance["test_bits_per_dim"]
+
+
+def test_training_lowers_the_loss_on_images_it_has_not_seen(uninterrupted):
+    held_out = [line["held_out_bits_per_dim"] for line in metrics(uninterrupted[0]) if "held_out_bits_per_dim" in line]
+    assert len(held_out) == 3 and held_out[-1] < held_out[0]
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from conftest import random_levels
+from test_trainer import SHAPE, SMALL, train
+import torch
+torch.set_num_threads(1)
+train(SMALL, random_levels(64, SHAPE), random_levels(16, SHAPE, seed=1), {folder!r}, resume=True, verbose=False)
+"""
+
+
+def test_a_run_killed_at_random_moments_and_resumed_equals_an_uninterrupted_one(uninterrupted, tmp_path):
+    here = os.path.dirname(__file__)
+    code = f"import sys; sys.path.insert(0, {here!r})" + SCRIPT.format(tests=os.path.dirname(here), folder=str(tmp_path))
+    chance, kills = random.Random(0), 0
+    for _ in range(30):
+        process = subprocess.Popen([sys.executable, "-c", code], env=ONE_THREAD)
+        deadline = time.monotonic() + 120
+        # Kill soon after the run shows a sign of life, three times; then let it finish.
+        seen = _size(tmp_path)
+        while process.poll() is None and (kills >= 3 or _size(tmp_path) == seen) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if process.poll() is None:
+            time.sleep(chance.random() * 0.3)
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        if process.wait() == 0:
+            break
+    assert kills >= 1
+    assert metrics(tmp_path) == metrics(uninterrupted[0])
+    finished = PixelCNNpp.load(tmp_path / "model.safetensors")
+    for one, other in zip(finished.parameters(), uninterrupted[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def _size(folder):
+    path = folder / "metrics.jsonl"
+    return path.stat().st_size if path.exists() else 0
+
+
+def test_two_processes_train_one_model(tmp_path):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "art_pixeldefend",
+        "train", "digits", "--out", str(tmp_path / "run"), "--filters", "4", "--resnets", "1", "--mixtures", "2",
+        "--steps", "6", "--batch-size", "4", "--every", "3", "--quiet",
+    ]  # fmt: skip
+    done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    model = PixelCNNpp.load(tmp_path / "run" / "model.safetensors")
+    assert model.provenance["processes"] == 2
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [3, 3, 6, 6]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_epoch_shows_every_image_once_to_one_rank(world):
+    ranks = [Batches(24, 4, seed=5, rank=rank, world=world) for rank in range(world)]
+    steps = 24 // (4 * world)
+    for epoch in range(3):
+        seen = torch.cat([rank(epoch * steps + step) for step in range(steps) for rank in ranks])
+        assert seen.sort().values.tolist() == list(range(24))
+    assert not torch.equal(ranks[0](0), ranks[0](steps))
+
+
+def test_a_checkpoint_of_other_settings_is_not_resumed(uninterrupted, make_levels, tmp_path):
+    (tmp_path / "checkpoint.safetensors").write_bytes((uninterrupted[0] / "checkpoint.safetensors").read_bytes())
+    other = Settings(filters=4, resnets=1, mixtures=2, steps=61, batch_size=8, every=20)
+    with pytest.raises(ValueError, match="resume"):
+        train(other, make_levels(64, SHAPE), make_levels(4, SHAPE), tmp_path, resume=True, verbose=False)
+
+
+def test_a_diverging_run_stops_with_the_step_and_the_remedy(make_levels, tmp_path):
+    wild = Settings(filters=4, resnets=1, mixtures=2, steps=200, batch_size=8, learning_rate=1e30, clip=1e30, warmup=0)
+    with pytest.raises(FloatingPointError, match="learning_rate"):
+        train(wild, make_levels(16, SHAPE), make_levels(4, SHAPE), tmp_path, verbose=False)
+
+
+@pytest.mark.parametrize("images", [np.zeros((0, 1, 6, 6)), np.zeros((4, 6, 6)), np.full((2, 1, 6, 6), 0.3)])
+def test_images_that_are_no_levels_are_refused(images, tmp_path):
+    with pytest.raises(ValueError, match="images"):
+        train(SMALL, images, np.zeros((1, 1, 6, 6)), tmp_path, verbose=False)
+
+
+@pytest.mark.parametrize("bad", [{"steps": 0}, {"learning_rate": -1}, {"average": 2}, {"decay": -0.1}, {"batch_size": 1.5}])
+def test_impossible_settings_are_refused_by_name(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Settings(**bad)

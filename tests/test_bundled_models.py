@@ -1,0 +1,53 @@
+"""The models that come with the package: what their cards say, and that fast decoding is exact on them."""
+
+import re
+
+import numpy as np
+import pytest
+
+from art_pixeldefend import PixelCNNpp, greedy_decode
+from art_pixeldefend.density import pretrained
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion-mnist"])
+def test_every_bundled_model_has_a_card_that_states_its_header(name):
+    model, card = PixelCNNpp.from_pretrained(name), pretrained.path(name).with_suffix(".md").read_text()
+    assert model.provenance["dataset"] == name
+    assert f"{model.provenance['test_bits_per_dim']:.4f} bits/dim" in card
+    assert re.search(r"art-pixeldefend train|art_pixeldefend train", card)
+
+
+def test_digits_bits_per_dim_is_what_its_card_says(digits, digits_model):
+    assert digits_model.bits_per_dim(digits.x_test).mean().item() == pytest.approx(
+        digits_model.provenance["test_bits_per_dim"], abs=1e-4
+    )
+
+
+def test_fashion_mnist_bits_per_dim_is_near_what_its_card_says_on_some_test_images(fashion_mnist):
+    """All 10,000 take minutes: ``art-pixeldefend score fashion-mnist --model fashion-mnist``."""
+    model = PixelCNNpp.from_pretrained("fashion-mnist")
+    bits = model.bits_per_dim(fashion_mnist.x_test[:200]).numpy()
+    error = bits.std() / np.sqrt(len(bits))
+    assert abs(bits.mean() - model.provenance["test_bits_per_dim"]) < 4 * error
+
+
+def attacked(x, eps, seed=0):
+    """Images whose every sub-pixel is moved by eps up or down, as sign attacks do."""
+    signs = np.random.default_rng(seed).choice([-eps, eps], x.shape)
+    return np.clip(x.astype(int) + signs, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("method", ["fixed-point", "auto"])
+def test_fast_decoding_equals_the_reference_on_64_attacked_digits(digits, digits_model, method):
+    x = attacked(digits.x_test[:64], 32)
+    expected = greedy_decode(digits_model, x, 48, "reference")
+    assert (expected != x).mean() > 0.5
+    np.testing.assert_array_equal(greedy_decode(digits_model, x, 48, method), expected)
+
+
+@pytest.mark.parametrize("method", ["fixed-point", "auto"])
+def test_fast_decoding_equals_the_reference_on_4_attacked_fashion_mnist_images(fashion_mnist, method):
+    model = PixelCNNpp.from_pretrained("fashion-mnist")
+    x = attacked(fashion_mnist.x_test[:4], 25)
+    expected = greedy_decode(model, x, 32, "reference")
+    np.testing.assert_array_equal(greedy_decode(model, x, 32, method), expected)
