@@ -43,7 +43,9 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
         datasets.load("imagenet")
 
 
-@pytest.mark.parametrize("damage", [lambda d: d[: len(d) // 2], lambda d: b"no gzip", lambda d: gzip.compress(b"\0\0\x0b\1")])
+@pytest.mark.parametrize(
+    "damage", [lambda d: d[: len(d) // 2], lambda d: b"no gzip", lambda d: gzip.compress(b"\0\0\x0b\1")]
+)
 def test_a_damaged_official_file_is_refused_by_name(damage, tmp_path):
     folder = tmp_path / "fashion-mnist"
     folder.mkdir()

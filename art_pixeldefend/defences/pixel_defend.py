@@ -7,7 +7,7 @@ from os import PathLike
 from torch import Tensor
 
 from art_pixeldefend.decoding import greedy_decode
-from art_pixeldefend.decoding.decode import engine
+from art_pixeldefend.decoding.decode import choose_engine
 from art_pixeldefend.defences.purifier import Purifier
 from art_pixeldefend.density import PixelCNNpp
 from art_pixeldefend.validation import check_eps
@@ -67,4 +67,4 @@ class PixelDefend(Purifier):
     def _check_params(self) -> None:
         super()._check_params()
         self.eps = check_eps("eps", self.eps)
-        engine(self.method)
+        choose_engine(self.pixel_cnn, self.method)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,11 +48,12 @@ def as_pixel_cnn(pixel_cnn: Any, device: torch.device | None = None) -> PixelCNN
         return pixel_cnn
     if isinstance(pixel_cnn, str) and pixel_cnn in names():
         return PixelCNNpp.from_pretrained(pixel_cnn).to(device)
-    if isinstance(pixel_cnn, (str, PathLike)):
-        return PixelCNNpp.load(pixel_cnn).to(device)
-    raise ValueError(
-        f"pixel_cnn must be a PixelCNNpp, a path or one of {', '.join(names())}, got {type(pixel_cnn).__name__}"
-    )
+    expected = f"pixel_cnn must be a PixelCNNpp, the path of one, or one of {', '.join(names())}"
+    if not isinstance(pixel_cnn, (str, PathLike)):
+        raise ValueError(f"{expected}, got {type(pixel_cnn).__name__}")
+    if not Path(pixel_cnn).is_file():
+        raise FileNotFoundError(f"{expected}, got {str(pixel_cnn)!r}")
+    return PixelCNNpp.load(pixel_cnn).to(device)
 
 
 class Purifier(PreprocessorPyTorch):

@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -22,11 +24,16 @@ def drawn(pixel_cnn):
     return pixel_cnn.sample(900, seed=0).numpy()
 
 
-@pytest.fixture
-def detector(pixel_cnn, drawn):
+@pytest.fixture(scope="module")
+def fitted(pixel_cnn, drawn):
     detector = PixelDefendDetector(pixel_cnn, clip_values=(0, 255))
     detector.fit(drawn[:600])
     return detector
+
+
+@pytest.fixture
+def detector(fitted):
+    return copy.copy(fitted)
 
 
 scores = st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=30)
@@ -80,7 +87,9 @@ def test_empty_batch_is_detected_as_empty(detector):
     assert adversarial.shape == report["p_values"].shape == (0,)
 
 
-def test_saved_likelihoods_are_loaded_by_the_same_models_detector_only(detector, pixel_cnn, make_model, drawn, tmp_path):
+def test_saved_likelihoods_are_loaded_by_the_same_models_detector_only(
+    detector, pixel_cnn, make_model, drawn, tmp_path
+):
     path = tmp_path / "likelihoods.safetensors"
     detector.save(path)
     again = PixelDefendDetector(pixel_cnn, clip_values=(0, 255))
@@ -109,7 +118,9 @@ def test_a_detector_that_was_not_fitted_says_so(pixel_cnn, drawn, tmp_path):
         detector.fit(drawn[:0] / 255)
 
 
-@pytest.mark.parametrize("bad", [{"alpha": 2}, {"alpha": "x"}, {"batch_size": 0}, {"clip_values": (1, 1)}, {"verbose": 3}])
+@pytest.mark.parametrize(
+    "bad", [{"alpha": 2}, {"alpha": "x"}, {"batch_size": 0}, {"clip_values": (1, 1)}, {"verbose": 3}]
+)
 def test_impossible_arguments_are_refused_by_name(pixel_cnn, bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         PixelDefendDetector(pixel_cnn, **bad)

@@ -82,7 +82,9 @@ def test_nhwc_images_are_recognised_by_the_models_image_shape(make_model, make_l
     np.testing.assert_array_equal(np.moveaxis(nhwc, -1, 1), nchw)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "uint8", "int32", "int64", "uint16", ">f4", "longdouble"])
+@pytest.mark.parametrize(
+    "dtype", ["float16", "float32", "float64", "uint8", "int32", "int64", "uint16", ">f4", "longdouble"]
+)
 def test_dtype_in_is_dtype_out(pixel_cnn, levels, purified, dtype):
     result, _ = PixelDefend((0, 255), 16, pixel_cnn)(levels.astype(dtype))
     assert result.dtype == np.dtype(dtype)
@@ -205,7 +207,9 @@ def test_arts_attacks_find_a_gradient_through_the_defence(pixel_cnn, levels, att
     defended = classifier([PixelDefend(eps=4, pixel_cnn=pixel_cnn)])
     x = in_range(levels, (0, 1))
     y = np.eye(4)[defended.predict(x).argmax(axis=1)]
-    attacked = attack(defended).generate(x, y) if "DeepFool" not in repr(attack(defended)) else attack(defended).generate(x)
+    attacked = (
+        attack(defended).generate(x, y) if "DeepFool" not in repr(attack(defended)) else attack(defended).generate(x)
+    )
     assert (np.abs(attacked - x).reshape(6, -1).max(axis=1) > 0).all()
     assert defended.compute_loss(attacked, y).mean() > defended.compute_loss(x, y).mean()
 
@@ -321,7 +325,9 @@ def test_the_calibrated_threshold_is_the_largest_that_does_not_hurt_the_stronges
     attacks, count = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 8))
 
     def table(elements):
-        return np.array(data.draw(st.lists(st.lists(elements, min_size=count, max_size=count), min_size=attacks, max_size=attacks)))
+        return np.array(
+            data.draw(st.lists(st.lists(elements, min_size=count, max_size=count), min_size=attacks, max_size=attacks))
+        )
 
     bits, alone, purified = table(st.integers(1, 6)).astype(float), table(st.booleans()), table(st.booleans())
 

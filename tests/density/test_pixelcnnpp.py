@@ -119,7 +119,13 @@ def test_bad_checkpoints_are_refused_by_name_and_never_unpickled(make_model, tmp
         PixelCNNpp.load(tmp_path / "missing.safetensors")
     make_model((1, 6, 6)).save(path)
     whole = path.read_bytes()
-    for content in (b"", whole[:7], whole[: len(whole) // 2], b"\x80\x04" + whole, whole[:200] + b"\0" * 50 + whole[250:]):
+    for content in (
+        b"",
+        whole[:7],
+        whole[: len(whole) // 2],
+        b"\x80\x04" + whole,
+        whole[:200] + b"\0" * 50 + whole[250:],
+    ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"model\.safetensors"):
             PixelCNNpp.load(path)

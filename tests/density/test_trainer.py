@@ -58,7 +58,9 @@ train(SMALL, random_levels(64, SHAPE), random_levels(16, SHAPE, seed=1), {folder
 
 def test_a_run_killed_at_random_moments_and_resumed_equals_an_uninterrupted_one(uninterrupted, tmp_path):
     here = os.path.dirname(__file__)
-    code = f"import sys; sys.path.insert(0, {here!r})" + SCRIPT.format(tests=os.path.dirname(here), folder=str(tmp_path))
+    code = f"import sys; sys.path.insert(0, {here!r})" + SCRIPT.format(
+        tests=os.path.dirname(here), folder=str(tmp_path)
+    )
     chance, kills = random.Random(0), 0
     for _ in range(30):
         process = subprocess.Popen([sys.executable, "-c", code], env=ONE_THREAD)
@@ -127,7 +129,9 @@ def test_images_that_are_no_levels_are_refused(images, tmp_path):
         train(SMALL, images, np.zeros((1, 1, 6, 6)), tmp_path, verbose=False)
 
 
-@pytest.mark.parametrize("bad", [{"steps": 0}, {"learning_rate": -1}, {"average": 2}, {"decay": -0.1}, {"batch_size": 1.5}])
+@pytest.mark.parametrize(
+    "bad", [{"steps": 0}, {"learning_rate": -1}, {"average": 2}, {"decay": -0.1}, {"batch_size": 1.5}]
+)
 def test_impossible_settings_are_refused_by_name(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         Settings(**bad)

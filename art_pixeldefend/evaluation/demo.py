@@ -1,0 +1,186 @@
+"""The demo: a small classifier of digits is attacked; its images are purified, and told from clean ones."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from art.defences.preprocessor import FeatureSqueezing
+from art.estimators.classification import PyTorchClassifier
+from torch import nn
+
+from art_pixeldefend import __version__, datasets
+from art_pixeldefend.attacks import ATTACKS, PAPER, make_attack
+from art_pixeldefend.defences import AdaptivePixelDefend, PixelDefend, PixelDefendDetector
+from art_pixeldefend.density import PixelCNNpp
+from art_pixeldefend.evaluation import figures
+from art_pixeldefend.files import write_atomically
+
+EPS_ATTACK, EPS_DEFEND = 40, 56  # of 255 levels; a digit's own steps are 16
+VALIDATION = 100  # test images that choose the adaptive threshold; the table is of the others
+NAMES = {"clean": "clean", "rand": "RAND", "fgsm": "FGSM", "bim": "BIM", "deepfool": "DeepFool", "cw": "CW"}
+
+
+def run(out: Path, *, seed: int = 0, verbose: bool = True) -> str:
+    """Run the demo and write ``report.md``, ``results.json`` and the pictures into the folder ``out``.
+
+    Returns:
+        The table of the report, as Markdown.
+    """
+    began = time.perf_counter()
+    data, pixel_cnn = datasets.load("digits"), PixelCNNpp.from_pretrained("digits")
+    classifier = train_classifier(as_images(data.x_train), data.y_train, seed)
+    _say(verbose, f"classifier trained ({time.perf_counter() - began:.0f} s)")
+
+    attacked = attack(classifier, as_images(data.x_test), data.y_test, seed)
+    validation = {name: x[:VALIDATION] for name, x in attacked.items()}
+    images, y = {name: x[VALIDATION:] for name, x in attacked.items()}, data.y_test[VALIDATION:]
+    _say(verbose, f"attacked ({time.perf_counter() - began:.0f} s)")
+
+    defences = make_defences(pixel_cnn)
+    threshold = defences["Adaptive PixelDefend"].calibrate(classifier, attacks_of(validation), data.y_test[:VALIDATION])
+    defended = {name: {attack: defence(x)[0] for attack, x in images.items()} for name, defence in defences.items()}
+    defended = {"none": images} | defended
+    predicted = {name: {a: predict(classifier, x) for a, x in versions.items()} for name, versions in defended.items()}
+    accuracies = {name: {a: float((p == y).mean()) for a, p in row.items()} for name, row in predicted.items()}
+    _say(verbose, f"purified ({time.perf_counter() - began:.0f} s)")
+
+    detector = PixelDefendDetector(pixel_cnn)
+    detector.fit(as_images(data.x_train))
+    p_values = {a: detector.detect(x)[0]["p_values"] for a, x in images.items()}
+    p_purified = {a: detector.detect(x)[0]["p_values"] for a, x in defended["PixelDefend"].items()}
+    auroc = {a: figures.auroc(p_values["clean"], p) for a, p in attacks_of(p_values).items()}
+
+    draw(out, images, defended["PixelDefend"], predicted, p_values, p_purified)
+    results = {
+        "version": __version__, "seed": seed, "images": len(y), "seconds": round(time.perf_counter() - began, 1),
+        "eps_attack": EPS_ATTACK, "eps_defend": EPS_DEFEND, "adaptive_threshold_bits_per_dim": threshold,
+        "density_model": pixel_cnn.provenance, "accuracy": accuracies, "detection_auroc": auroc,
+    }  # fmt: skip
+    write_atomically(out / "results.json", json.dumps(results, indent=2) + "\n")
+    write_atomically(out / "report.md", report(results))
+    return table(results)
+
+
+def as_images(levels: np.ndarray) -> np.ndarray:
+    """Levels as the classifier's images in [0, 1], float32."""
+    return (levels / 255).astype(np.float32)
+
+
+def train_classifier(x: np.ndarray, y: np.ndarray, seed: int) -> PyTorchClassifier:
+    """A small convolutional network, trained for a few seconds."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # ART shuffles with NumPy's global generator
+    model = nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 16, 64), nn.ReLU(), nn.Linear(64, 10),
+    )  # fmt: skip
+    classifier = PyTorchClassifier(
+        model, nn.CrossEntropyLoss(), (1, 8, 8), 10, torch.optim.Adam(model.parameters(), 1e-3), clip_values=(0.0, 1.0)
+    )
+    classifier.fit(x, np.eye(10, dtype=np.float32)[y], batch_size=64, nb_epochs=20)
+    return classifier
+
+
+def attack(classifier: PyTorchClassifier, x: np.ndarray, y: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """Images under each of the paper's attacks, and clean, by name. The attacks see the bare classifier."""
+    one_hot = np.eye(10, dtype=np.float32)[y]
+    attacks = {name: make_attack(name, classifier, EPS_ATTACK, seed=seed) for name in PAPER}
+    return {"clean": x} | {
+        name: attack.generate(x, one_hot if ATTACKS[name].true_labels else None) for name, attack in attacks.items()
+    }
+
+
+def make_defences(pixel_cnn: PixelCNNpp) -> dict[str, Any]:
+    """The table's rows but the first."""
+    return {
+        "feature squeezing": FeatureSqueezing(clip_values=(0.0, 1.0), bit_depth=3),
+        "PixelDefend": PixelDefend(eps=EPS_DEFEND, pixel_cnn=pixel_cnn),
+        "Adaptive PixelDefend": AdaptivePixelDefend(eps=EPS_DEFEND, pixel_cnn=pixel_cnn),
+    }
+
+
+def attacks_of(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns but "clean"."""
+    return {name: value for name, value in columns.items() if name != "clean"}
+
+
+def predict(classifier: PyTorchClassifier, x: np.ndarray) -> np.ndarray:
+    """Class numbers (N,)."""
+    return classifier.predict(x.astype(np.float32)).argmax(axis=1)
+
+
+def draw(
+    out: Path,
+    images: Mapping[str, np.ndarray],
+    purified: Mapping[str, np.ndarray],
+    predicted: Mapping[str, Mapping[str, np.ndarray]],
+    p_values: Mapping[str, np.ndarray],
+    p_purified: Mapping[str, np.ndarray],
+) -> None:
+    """Write the pictures: images with predicted labels, p-values, ROC curves (Figures 4, 3 and 7, 6 of the paper)."""
+    some = np.arange(10)
+    strips, labels = {}, {}
+    for name, title in NAMES.items():
+        for row, source, defence in ((title, images, "none"), (f"{title}, purified", purified, "PixelDefend")):
+            strips[row] = np.round(source[name][some] * 255).astype(np.uint8)
+            labels[row] = [str(label) for label in predicted[defence][name][some]]
+    figures.image_strips(out / "images.png", strips, labels, [str(label) for label in predicted["none"]["clean"][some]])
+    before, after = ({NAMES[name]: p for name, p in values.items()} for values in (p_values, p_purified))
+    figures.p_value_histograms(out / "p-values.png", before, after, bins=20)
+    figures.roc_curves(out / "roc.png", p_values["clean"], attacks_of(before), attacks_of(after))
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """Accuracies in percent, a row a defence, and the detector's AUROC in percent, as Markdown."""
+    columns = list(NAMES)
+    lines = ["| accuracy, % | " + " | ".join(NAMES.values()) + " | strongest attack |", "| --- |" + " --: |" * 7]
+    for defence, row in results["accuracy"].items():
+        cells = [*(row[name] for name in columns), min(attacks_of(row).values())]
+        lines.append(f"| {defence} | " + " | ".join(f"{100 * value:.1f}" for value in cells) + " |")
+    aurocs = [f"{100 * results['detection_auroc'][name]:.1f}" for name in columns if name != "clean"]
+    lines.append("| *detection, AUROC* | | " + " | ".join(aurocs) + " | |")
+    return "\n".join(lines) + "\n"
+
+
+def report(results: Mapping[str, Any]) -> str:
+    """The whole report, as Markdown."""
+    undefended, purified = (attacks_of(results["accuracy"][name]) for name in ("none", "PixelDefend"))
+    margins = ", ".join(f"{NAMES[name]} {100 * (purified[name] - undefended[name]):+.1f}" for name in undefended)
+    model = results["density_model"]
+    return f"""# PixelDefend on digits
+
+{table(results)}
+Purified against undefended, in points: {margins}.
+
+{results["images"]} test images of scikit-learn's digits, a convolutional classifier, seed {results["seed"]}.
+The attacks see the bare classifier; eps {results["eps_attack"]} of 255 levels, eps_defend {results["eps_defend"]}.
+The adaptive threshold, {results["adaptive_threshold_bits_per_dim"]:.3f} bits/dim, was chosen on {VALIDATION} other
+test images. The density model has {model.get("test_bits_per_dim", float("nan")):.3f} bits/dim on the test set.
+Detection is the area under the ROC curve of telling attacked from clean test images by their p-values.
+All of it took {results["seconds"]:.0f} s with art-pixeldefend {results["version"]}.
+
+Images as the classifier sees them, and what it says; green where it says what it says of the clean image
+(Figure 4 of the paper):
+
+![images](images.png)
+
+p-values under the density model, before and after purification (Figures 3 and 7):
+
+![p-values](p-values.png)
+
+Telling attacked images by their p-values, before and after purification (Figure 6):
+
+![ROC curves](roc.png)
+"""
+
+
+def _say(verbose: bool, text: str) -> None:
+    if verbose:
+        print(text, file=sys.stderr, flush=True)
