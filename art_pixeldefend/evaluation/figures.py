@@ -1,0 +1,177 @@
+"""The paper's figures, from plain arrays.
+
+Every function takes a path that ends in ``.png`` or ``.pdf``, or has no ending: then it writes both.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy.stats import gaussian_kde, rankdata
+
+from art_pixeldefend.files import write_atomically
+from art_pixeldefend.pictures import as_picture
+
+RIGHT, WRONG = "#1a7f37", "#c62828"
+
+
+def image_strips(
+    path: str | PathLike[str],
+    strips: Mapping[str, np.ndarray],
+    labels: Mapping[str, Sequence[str]] | None = None,
+    truth: Sequence[str] | None = None,
+) -> None:
+    """Rows of images, each with its name on the left and a label under every image (Figures 1, 4, 10 and 11).
+
+    For attacked images above purified ones give ``{"attacked": ..., "purified": ...}``.
+
+    Args:
+        path: of the file.
+        strips: levels (N, C, H, W) by the row's name; every row has the same number of images.
+        labels: what the classifier says of each image, by the row's name; rows without are not labelled.
+        truth: the true labels (N,): right predictions are then green, wrong ones red.
+
+    Raises:
+        ValueError: if rows or labels differ in number.
+    """
+    counts = {len(images) for images in strips.values()} | {len(names) for names in (labels or {}).values()}
+    if len(counts | ({len(truth)} if truth is not None else set())) != 1 or not (count := counts.pop()):
+        raise ValueError("strips, labels and truth must all have the same number of images, at least 1")
+    figure = Figure(figsize=(0.9 + 0.95 * count, 1.15 * len(strips) + 0.1), layout="constrained")
+    axes = figure.subplots(len(strips), count, squeeze=False)
+    for (name, images), row in zip(strips.items(), axes, strict=True):
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+        for i, ax in enumerate(row):
+            ax.imshow(as_picture(images[i]), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            ax.set_xticks([]), ax.set_yticks([])
+            if labels and name in labels:
+                label = labels[name][i]
+                colour = "black" if truth is None else RIGHT if label == truth[i] else WRONG
+                ax.set_xlabel(label, color=colour, fontsize=8, labelpad=2)
+    _save(figure, path)
+
+
+def p_value_histograms(
+    path: str | PathLike[str],
+    before: Mapping[str, np.ndarray],
+    after: Mapping[str, np.ndarray] | None = None,
+    bins: int = 50,
+) -> None:
+    """A histogram of p-values for each kind of image, before and, where given, after purification (Figures 3 and 7).
+
+    Args:
+        path: of the file.
+        before: p-values (N,) by the name of the attack, "clean" among them.
+        after: those of the same images purified, by the same names.
+        bins: of the unit interval.
+    """
+    figure, axes = _panels(len(before))
+    for (name, values), ax in zip(before.items(), axes, strict=True):
+        ax.hist(values, bins, (0, 1), density=True, color="#4477aa", alpha=0.75, label="as it is")
+        if after is not None and name in after:
+            ax.hist(after[name], bins, (0, 1), density=True, histtype="step", color="#cc3311", lw=1.3, label="purified")
+        ax.axhline(1, color="black", lw=0.8, ls=":", label="uniform")
+        ax.set(title=name, xlabel="p-value", ylabel="density", xlim=(0, 1))
+    axes[0].legend(fontsize=8)
+    _save(figure, path)
+
+
+def roc_curves(
+    path: str | PathLike[str],
+    negatives: np.ndarray,
+    before: Mapping[str, np.ndarray],
+    after: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, float]:
+    """ROC curves of telling attacked images by their low scores, with the area under each (Figure 6).
+
+    Args:
+        path: of the file.
+        negatives: scores (M,) of images that were not attacked; log-likelihoods or p-values.
+        before: scores (N,) of attacked images by the attack's name.
+        after: scores of the same images purified; drawn in a second panel.
+
+    Returns:
+        The areas of ``before`` by name.
+    """
+    panels = {"attacked images": before} | ({"the same, purified": after} if after is not None else {})
+    figure, axes = _panels(len(panels), columns=2, width=4.2, height=3.9)
+    for (title, scores), ax in zip(panels.items(), axes, strict=True):
+        for name, positives in scores.items():
+            thresholds = np.concatenate([[-np.inf], np.unique(np.concatenate([negatives, positives]))])
+            rates = [
+                np.searchsorted(np.sort(values), thresholds, side="right") / len(values)
+                for values in (negatives, positives)
+            ]
+            ax.plot(*rates, lw=1.4, label=f"{name} ({auroc(negatives, positives):.2f})")
+        ax.plot([0, 1], [0, 1], color="grey", lw=0.8, ls=":")
+        ax.set(title=title, xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
+        ax.legend(title="attack (area)", fontsize=8, loc="lower right")
+    _save(figure, path)
+    return {name: auroc(negatives, positives) for name, positives in before.items()}
+
+
+def auroc(negatives: np.ndarray, positives: np.ndarray) -> float:
+    """The chance that a positive scores below a negative, ties counted half; NaN if there are none of one kind."""
+    if not len(negatives) or not len(positives):
+        return math.nan
+    ranks = rankdata(np.concatenate([negatives, positives]))[: len(negatives)]
+    wins = ranks.sum() - len(negatives) * (len(negatives) + 1) / 2
+    return float(wins / (len(negatives) * len(positives)))
+
+
+def likelihood_densities(
+    path: str | PathLike[str], bits: Mapping[str, np.ndarray], errors: Mapping[str, float] | None = None
+) -> None:
+    """Densities of bits per dimension for each kind of image, with the classifier's errors (Figure 2).
+
+    Args:
+        path: of the file.
+        bits: bits per dimension (N,) by name.
+        errors: the classifier's error rate, 0..1, by the same names; shown in the legend.
+    """
+    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+    ax = figure.subplots()
+    finite = np.concatenate([np.asarray(values)[np.isfinite(values)] for values in bits.values()])
+    margin = 0.1 * (np.ptp(finite) or 1.0)
+    grid = np.linspace(finite.min() - margin, finite.max() + margin, 400)
+    for name, values in bits.items():
+        label = f"{name}: {100 * errors[name]:.0f}% error" if errors and name in errors else name
+        ax.plot(grid, _density(values, grid), lw=1.4, label=label)
+    ax.set(xlabel="bits per dimension", ylabel="density", ylim=(0, None))
+    ax.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _density(values: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """A kernel estimate; a histogram where the values are too few or too equal for one."""
+    values = np.asarray(values)[np.isfinite(values)]
+    if len(values) > 2 and np.ptp(values) > 0:
+        return gaussian_kde(values)(grid)
+    edges = np.append(grid, 2 * grid[-1] - grid[-2])
+    return np.histogram(values, edges, density=True)[0] if len(values) else np.zeros_like(grid)
+
+
+def _panels(count: int, columns: int = 3, width: float = 2.9, height: float = 2.4) -> tuple[Figure, list[Axes]]:
+    """A figure of ``count`` panels."""
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+    for ax in axes[count:]:
+        ax.remove()
+    return figure, axes[:count]
+
+
+def _save(figure: Figure, path: str | PathLike[str]) -> None:
+    path = Path(path)
+    for target in [path] if path.suffix else [path.with_suffix(".png"), path.with_suffix(".pdf")]:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=target.suffix[1:], dpi=150)
+        write_atomically(target, buffer.getvalue())
