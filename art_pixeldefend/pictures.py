@@ -17,19 +17,20 @@ def as_picture(image: np.ndarray) -> np.ndarray:
     return image[0] if len(image) == 1 else np.moveaxis(image, 0, -1)
 
 
-def write_sheet(path: str | PathLike[str], images: np.ndarray, scale: int = 2) -> None:
-    """Write levels (N, C, H, W), C 1 or 3, as a roughly square sheet, each level ``scale`` by ``scale`` points.
+def write_sheet(path: str | PathLike[str], images: np.ndarray, width: int = 400) -> None:
+    """Write levels (N, C, H, W), C 1 or 3, as a roughly square sheet, enlarged to about ``width`` points.
 
     Raises:
         OSError: if the file cannot be written.
     """
-    count, channels, height, width = images.shape
+    count, channels, tall, wide = images.shape
     columns = max(1, math.ceil(math.sqrt(count)))
     rows = max(1, math.ceil(count / columns))
-    sheet = np.full((channels, rows * (height + 1) - 1, columns * (width + 1) - 1), 255, np.uint8)
+    sheet = np.full((channels, rows * (tall + 1) - 1, columns * (wide + 1) - 1), 255, np.uint8)
     for i, image in enumerate(images):
-        top, left = i // columns * (height + 1), i % columns * (width + 1)
-        sheet[:, top : top + height, left : left + width] = image
+        top, left = i // columns * (tall + 1), i % columns * (wide + 1)
+        sheet[:, top : top + tall, left : left + wide] = image
+    scale = max(1, width // sheet.shape[2])
     buffer = io.BytesIO()
     Image.fromarray(as_picture(sheet.repeat(scale, 1).repeat(scale, 2))).save(buffer, "PNG")
     write_atomically(path, buffer.getvalue())

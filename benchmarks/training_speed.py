@@ -1,0 +1,123 @@
+"""Training speed: the trainer's step against a plain eager fp32 NCHW step, alternately in one run, on the same batches.
+
+    python benchmarks/training_speed.py --filters 24 --resnets 2 --out benchmarks/results/training-24x2.json
+
+A training image is a Fashion-MNIST-sized random one unless ``--image-shape`` says otherwise: speed does not depend on what
+an image shows. ``--losses N`` also trains both ways for N steps on digits and compares the losses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from art_pixeldefend import PixelCNNpp, __version__, datasets
+from art_pixeldefend.density.trainer import Loss, Settings, State, bf16_pays
+from art_pixeldefend.files import write_atomically
+
+
+def stepper(model: PixelCNNpp, plain: bool, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that makes one training step on a batch of levels and returns the loss."""
+    layout = torch.contiguous_format if plain else torch.channels_last
+    model = model.to(device=device, memory_format=layout).train()
+    loss_of = Loss(model, mixed_precision=not plain and bf16_pays(device))
+    state = State(model, Settings(steps=10**6))
+
+    def step(batch: torch.Tensor) -> torch.Tensor:
+        loss = loss_of(batch.contiguous(memory_format=layout))
+        loss.backward()
+        state.update()
+        return loss.detach()
+
+    return step
+
+
+def build(arguments: argparse.Namespace, images: torch.Tensor) -> PixelCNNpp:
+    """The same model, with the same weights, whenever it is called."""
+    torch.manual_seed(0)
+    model = PixelCNNpp(tuple(images.shape[1:]), arguments.filters, arguments.resnets, dropout=0.0)
+    model.initialise(images[:16])
+    return model
+
+
+def images_per_second(step: Callable, batch: torch.Tensor, seconds: float) -> float:
+    """Over about so many seconds."""
+    began, steps = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - began) < seconds or not steps:
+        step(batch).item()  # waits for a GPU
+        steps += 1
+    return steps * len(batch) / elapsed
+
+
+def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """Medians over alternating rounds, and of their ratios."""
+    batch = torch.randint(0, 256, (arguments.batch, *arguments.image_shape)).to(torch.uint8).to(device)
+    steps = {name: stepper(build(arguments, batch.cpu()), name == "plain", device) for name in ("plain", "trainer")}
+    rates: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        images_per_second(step, batch, 1.0)
+    for _ in range(arguments.rounds):
+        for name, step in steps.items():
+            rates[name].append(images_per_second(step, batch, arguments.seconds))
+    ratios = [fast / slow for fast, slow in zip(rates["trainer"], rates["plain"], strict=True)]
+    return {f"{name}_images_per_second": round(statistics.median(r), 2) for name, r in rates.items()} | {
+        "ratio": round(statistics.median(ratios), 3), "ratio_min": round(min(ratios), 3),
+        "ratio_max": round(max(ratios), 3),
+    }  # fmt: skip
+
+
+def losses(arguments: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """Mean loss of the last 50 steps on digits, both ways."""
+    images = torch.from_numpy(datasets.load("digits").x_train)
+    result = {}
+    for name in ("plain", "trainer"):
+        step, generator, seen = stepper(build(arguments, images), name == "plain", device), torch.Generator(), []
+        generator.manual_seed(1)
+        for _ in range(arguments.losses):
+            ids = torch.randint(0, len(images), (arguments.batch,), generator=generator)
+            seen.append(step(images[ids].to(device)).item())
+        result[f"{name}_loss_bits_per_dim"] = round(statistics.mean(seen[-50:]), 4)
+    return result
+
+
+def main() -> None:
+    """Print the figures and write them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--filters", type=int, default=24)
+    parser.add_argument("--resnets", type=int, default=2)
+    parser.add_argument("--image-shape", type=int, nargs=3, default=(1, 28, 28))
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each round and way")
+    parser.add_argument("--losses", type=int, default=0, help="also compare the losses after so many steps on digits")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    result = measure(arguments, device)
+    if arguments.losses:
+        result |= losses(arguments, device)
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    record = {
+        "command": " ".join(sys.argv), "date": date.today().isoformat(), "device": hardware,
+        "threads": torch.get_num_threads(), "version": __version__, "torch": torch.__version__,
+        "settings": {"filters": arguments.filters, "resnets": arguments.resnets, "batch": arguments.batch,
+                     "image_shape": list(arguments.image_shape), "bf16": bf16_pays(device)},
+        "result": result,
+    }  # fmt: skip
+    print(json.dumps(record, indent=2))
+    if arguments.out:
+        write_atomically(arguments.out, json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
