@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import overload
 
 import numpy as np
@@ -10,29 +11,58 @@ import torch
 from torch import Tensor
 
 from art_pixeldefend.batches import map_batches
-from art_pixeldefend.decoding import fixed_point, reference
+from art_pixeldefend.decoding import cached, fixed_point, reference
 from art_pixeldefend.decoding.rules import Ancestral, Greedy
 from art_pixeldefend.density import PixelCNNpp
 from art_pixeldefend.validation import check_count, check_eps
 
 Engine = Callable[[PixelCNNpp, Tensor, int], Tensor]
 
+
+def _compiled(pixel_cnn: PixelCNNpp, x: Tensor, eps: int) -> Tensor:
+    from art_pixeldefend.decoding import compiled  # seconds of work, and Numba may be absent
+
+    return compiled.decode(pixel_cnn, x, eps)
+
+
+def compiled_engine_fits(pixel_cnn: PixelCNNpp) -> bool:
+    """Is Numba there, and the model on the CPU and in single precision, all that the compiled engine knows?"""
+    return pixel_cnn.device.type == "cpu" and pixel_cnn.dtype == torch.float32 and has_numba()
+
+
+@cache
+def has_numba() -> bool:
+    """Can the compiled engine be imported?"""
+    try:
+        import numba  # noqa: F401
+    except Exception:  # a Numba that is there but does not fit this Python or NumPy raises what it likes
+        return False
+    return True
+
+
 ENGINES: dict[str, Engine] = {
     "reference": reference.decode,
     "fixed-point": lambda pixel_cnn, x, eps: fixed_point.decode(pixel_cnn, x, Greedy(x, eps)),
+    "cached": lambda pixel_cnn, x, eps: cached.decode(pixel_cnn, x, Greedy(x, eps)),
+    "compiled": _compiled,
 }
 BATCH_SIZE = 128
 
 
-def engine(method: str) -> Engine:
-    """The engine of this name; ``"auto"`` is the fastest that is there.
+def choose_engine(pixel_cnn: PixelCNNpp, method: str) -> str:
+    """The name of the engine behind a method: itself, or for ``"auto"`` the fastest that is there for this model.
+
+    The rule, from the measurements in ``benchmarks/README.md``: the compiled engine wherever it fits, since it is the
+    fastest at every batch size; the cached one everywhere else.
 
     Raises:
-        ValueError: if there is none of that name.
+        ValueError: if there is no method of that name.
     """
     if method != "auto" and method not in ENGINES:
         raise ValueError(f"method must be one of auto, {', '.join(ENGINES)}, got {method!r}")
-    return ENGINES["fixed-point" if method == "auto" else method]
+    if method in ("auto", "compiled"):
+        return "compiled" if compiled_engine_fits(pixel_cnn) else "cached"
+    return method
 
 
 @overload
@@ -46,7 +76,8 @@ def greedy_decode(pixel_cnn, x, eps, method="auto", *, batch_size=BATCH_SIZE, ve
         pixel_cnn: the density model.
         x: levels (N, C, H, W) of the model's image shape.
         eps: radius in levels, 0..255, around the input's value.
-        method: ``"reference"``, ``"fixed-point"`` or ``"auto"``; all give the same image.
+        method: ``"reference"``, ``"fixed-point"``, ``"cached"``, ``"compiled"``, or ``"auto"`` for the fastest that is
+            there; all give the same image. ``"compiled"`` is ``"cached"`` without Numba, or with the model on a GPU.
         batch_size: most images in memory at a time.
         verbose: show a progress bar.
 
@@ -56,7 +87,8 @@ def greedy_decode(pixel_cnn, x, eps, method="auto", *, batch_size=BATCH_SIZE, ve
     Raises:
         ValueError: naming the argument that is not as described.
     """
-    decode, eps, batch_size = engine(method), check_eps("eps", eps), check_count("batch_size", batch_size)
+    decode = ENGINES[choose_engine(pixel_cnn, method)]
+    eps, batch_size = check_eps("eps", eps), check_count("batch_size", batch_size)
     levels = pixel_cnn.as_levels(x)
     with pixel_cnn.evaluating():
         purified = map_batches(
@@ -83,4 +115,4 @@ def sample(pixel_cnn: PixelCNNpp, count: int, *, seed: int = 0) -> Tensor:
     rule = Ancestral(count, pixel_cnn.image_shape, pixel_cnn.mixtures, torch.Generator().manual_seed(seed))
     start = torch.zeros(count, *pixel_cnn.image_shape, dtype=torch.uint8, device=pixel_cnn.device)
     with pixel_cnn.evaluating():
-        return fixed_point.decode(pixel_cnn, start, rule)
+        return cached.decode(pixel_cnn, start, rule)

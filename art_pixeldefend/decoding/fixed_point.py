@@ -1,8 +1,9 @@
 """All conditionals at once, again and again, until nothing changes.
 
-An image that its own conditionals leave alone is the one that pixel-by-pixel decoding finds: pixel 0 depends on nothing,
-so it is right after one pass; pixel t depends on those before it only, so it is right after t + 1 passes at the latest,
-and as a rule long before (Song et al. 2020, arXiv:2002.03629; Wiggers and Hoogeboom 2020, arXiv:2002.09928).
+An image that its own conditionals leave alone is the one that pixel-by-pixel decoding finds: pixel 0 depends on
+nothing, so it is right after one pass; pixel t depends on those before it only, so it is right after t + 1 passes at
+the latest, and as a rule long before (Song et al. 2020, arXiv:2002.03629; Wiggers and Hoogeboom 2020,
+arXiv:2002.09928).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def decode(pixel_cnn: PixelCNNpp, x: Tensor, rule: Rule) -> Tensor:
     found = x.movedim(1, -1).reshape(count, size, channels).clone()
     moving = torch.arange(count, device=x.device)
     position = torch.arange(size, device=x.device)
-    # Pixels before the pass's number are final. Leaving them alone ends the loop even if rounding made one of them waver.
+    # Pixels before the pass's number are final. Leaving them alone ends the loop even if rounding made one waver.
     for done in range(size):
         if not len(moving):
             break

@@ -14,6 +14,8 @@ from torch import Tensor
 from art_pixeldefend.density import mixture
 from art_pixeldefend.density.mixture import LEVELS, Components
 
+WEIGHED = 1 << 21  # numbers in memory at a time (float64, and some four of each) where levels are weighed
+
 
 class Rule(ABC):
     """Chooses levels for pixels that are named by their position in the flattened batch: (n H + i) W + j."""
@@ -41,9 +43,14 @@ class Greedy(Rule):
     def __init__(self, x: Tensor, eps: int) -> None:
         flat = x.movedim(1, -1).flatten(0, 2).long()
         self.low, self.high = (flat - eps).clamp_min(0), (flat + eps).clamp_max(LEVELS - 1)
+        self.window = min(2 * eps + 1, LEVELS)
 
     def choose(self, parts: Components, pixels: Tensor, channel: int) -> Tensor:
-        return mixture.best_level(parts, self.low[pixels, channel], self.high[pixels, channel])
+        """The argmax over the range, a bounded number of pixels at a time."""
+        low, high = self.low[pixels, channel], self.high[pixels, channel]
+        piece = max(1, WEIGHED // (self.window * parts.means.shape[-1]))
+        pieces = zip(*(part.split(piece) for part in (*parts, low, high)), strict=True)
+        return torch.cat([mixture.best_level(Components(*parts), low, high) for *parts, low, high in pieces])
 
 
 class Ancestral(Rule):
@@ -59,13 +66,16 @@ class Ancestral(Rule):
         generator: of the noise.
     """
 
-    def __init__(self, count: int, image_shape: tuple[int, int, int], mixtures: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, count: int, image_shape: tuple[int, int, int], mixtures: int, generator: torch.Generator
+    ) -> None:
         channels, height, width = image_shape
         noise = torch.rand(count * height * width, channels, mixtures + 1, generator=generator, dtype=torch.float64)
         noise = noise.clamp(1e-12, 1 - 1e-12)
         self.gumbel, self.logistic = -torch.log(-torch.log(noise[..., 1:])), torch.logit(noise[..., 0])
 
     def choose(self, parts: Components, pixels: Tensor, channel: int) -> Tensor:
+        """The draw that the noise of these sub-pixels makes of their mixtures."""
         device = pixels.device
         gumbel, logistic = (noise[pixels.cpu(), channel].to(device) for noise in (self.gumbel, self.logistic))
         component = (parts.log_weights.double() + gumbel).argmax(dim=-1, keepdim=True)

@@ -1,0 +1,311 @@
+"""Inner loops, written in LLVM's vectors.
+
+Numba compiles loops well, but keeps no block of sums in registers across one, and vectorises no exponential without
+Intel's libraries. These few loops are what decoding consists of, so they are spelled out, as Numba intrinsics. They
+take addresses and distances between rows in bytes, as 64-bit integers. Every sum has one order, whatever the number of
+rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+_FEATURES = llvm.get_host_cpu_features()
+_WIDE = bool(_FEATURES.get("avx512f"))
+LANES = 16 if _WIDE else 8  # floats to a vector of a matrix product
+# Rows of a block of sums that is 1, 2, .. vectors wide: sums, one row of weights and one input fill the registers.
+ROWS = (14, 13, 8, 6) if _WIDE else (8, 5, 3)
+BLOCK = 8  # floats to a vector of the functions; feature maps come in multiples of that
+
+INT = ir.IntType(64)
+INT32 = ir.IntType(32)
+FLOAT = ir.FloatType()
+DOUBLE = ir.DoubleType()
+
+
+class Vector:
+    """An LLVM vector of floats or doubles with Python's operators; numbers become constants of its type."""
+
+    def __init__(self, builder: ir.IRBuilder, value: ir.Value) -> None:
+        self.builder, self.value, self.type = builder, value, value.type
+
+    @classmethod
+    def load(cls, builder: ir.IRBuilder, address: ir.Value, lanes: int) -> Vector:
+        """So many floats from an address."""
+        pointer = builder.inttoptr(address, ir.VectorType(FLOAT, lanes).as_pointer())
+        return cls(builder, builder.load(pointer, align=4))
+
+    def store(self, address: ir.Value) -> None:
+        """Write to an address."""
+        self.builder.store(self.value, self.builder.inttoptr(address, self.type.as_pointer()), align=4)
+
+    def _constant(self, number: float) -> ir.Constant:
+        return ir.Constant(self.type, [number] * self.type.count)
+
+    def _of(self, other: Vector | float) -> ir.Value:
+        return other.value if isinstance(other, Vector) else self._constant(other)
+
+    def _new(self, value: ir.Value) -> Vector:
+        return Vector(self.builder, value)
+
+    def __add__(self, other: Vector | float) -> Vector:
+        return self._new(self.builder.fadd(self.value, self._of(other)))
+
+    def __sub__(self, other: Vector | float) -> Vector:
+        return self._new(self.builder.fsub(self.value, self._of(other)))
+
+    def __mul__(self, other: Vector | float) -> Vector:
+        return self._new(self.builder.fmul(self.value, self._of(other)))
+
+    def __neg__(self) -> Vector:
+        return self._new(self.builder.fneg(self.value))
+
+    def reciprocal(self) -> Vector:
+        """1 / self, to rounding."""
+        return self._new(self.builder.fdiv(self._constant(1.0), self.value))
+
+    def times_plus(self, factor: Vector | float, addend: Vector | float) -> Vector:
+        """self * factor + addend, fused where the machine can."""
+        bits = 32 if self.type.element == FLOAT else 64
+        name = f"llvm.fmuladd.v{self.type.count}f{bits}"
+        function = cgutils.get_or_insert_function(
+            self.builder.module, ir.FunctionType(self.type, [self.type] * 3), name
+        )
+        return self._new(self.builder.call(function, [self.value, self._of(factor), self._of(addend)]))
+
+    def where_positive(self, yes: Vector | float, no: Vector | float) -> Vector:
+        """yes where self > 0, else no."""
+        positive = self.builder.fcmp_ordered(">", self.value, self._constant(0.0))
+        return self._new(self.builder.select(positive, self._of(yes), self._of(no)))
+
+    def at_least(self, least: float) -> Vector:
+        """The larger of self and a number."""
+        above = self.builder.fcmp_ordered(">", self.value, self._constant(least))
+        return self._new(self.builder.select(above, self.value, self._constant(least)))
+
+    def exp(self) -> Vector:
+        """e to the power of self, for self <= 0, to rounding; smallest normal numbers instead of smaller ones."""
+        single = self.type.element == FLOAT
+        mantissa, bias, lowest, terms = (23, 127, -87.0, 8) if single else (52, 1023, -708.0, 14)
+        integers = ir.VectorType(INT32 if single else INT, self.type.count)
+        x = self.at_least(lowest)
+        # Adding 1.5 * 2^mantissa rounds to an integer and leaves that integer in the lowest bits.
+        shifter = 1.5 * 2.0**mantissa
+        shifted = x.times_plus(math.log2(math.e), shifter)
+        n = shifted - shifter
+        high = 0.693359375
+        rest = n.times_plus(-(math.log(2) - high), n.times_plus(-high, x)) if single else _reduced(n, x)
+        series = rest._new(rest._constant(1 / math.factorial(terms - 1)))
+        for order in range(terms - 2, -1, -1):
+            series = series.times_plus(rest, 1 / math.factorial(order))
+        power = self.builder.add(
+            self.builder.bitcast(shifted.value, integers), ir.Constant(integers, [bias] * self.type.count)
+        )
+        power = self.builder.shl(power, ir.Constant(integers, [mantissa] * self.type.count))
+        return series * self._new(self.builder.bitcast(power, self.type))
+
+    def exp_of_minus_magnitude(self) -> Vector:
+        """exp(-|self|), of which elu, sigmoid and their like are made without overflow."""
+        return self.where_positive(-self, self).exp()
+
+
+def _reduced(n: Vector, x: Vector) -> Vector:
+    """x - n log 2 in double precision: log 2 in two parts, the first with room for n times it."""
+    high = 6.93147180369123816490e-01
+    return n.times_plus(-1.90821492927058770002e-10, n.times_plus(-high, x))
+
+
+def _spread(builder: ir.IRBuilder, scalar: ir.Value, vector: ir.VectorType) -> Vector:
+    undefined = ir.Constant(vector, ir.Undefined)
+    single = builder.insert_element(undefined, scalar, ir.Constant(INT32, 0))
+    zeros = ir.Constant(ir.VectorType(INT32, vector.count), [0] * vector.count)
+    return Vector(builder, builder.shuffle_vector(single, undefined, zeros))
+
+
+def _plus(builder: ir.IRBuilder, address: ir.Value, distance: ir.Value | int) -> ir.Value:
+    return builder.add(address, ir.Constant(INT, distance) if isinstance(distance, int) else distance)
+
+
+def _kernel(body: Callable[..., None], *arguments: types.Type) -> tuple:
+    """What an intrinsic returns: its types, and a generator of ``body``'s code."""
+
+    def generate(context, builder, signature, values):
+        body(builder, *values)
+
+    return types.void(*arguments), generate
+
+
+def _block_of_sums(
+    builder: ir.IRBuilder, rows: int, vectors: int, start, start_step, x, x_step, matrix, out, out_step, depth
+) -> None:
+    """out[r] = start[r] + sum over k of x[r, k] matrix[k], with all sums in registers."""
+    size = 4 * LANES
+    inputs, sums = [], []
+    for r in range(rows):
+        times = ir.Constant(INT, r)
+        inputs.append(_plus(builder, x, builder.mul(x_step, times)))
+        first = _plus(builder, start, builder.mul(start_step, times))
+        sums.append([Vector.load(builder, _plus(builder, first, v * size), LANES) for v in range(vectors)])
+    before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    k = builder.phi(INT)
+    k.add_incoming(ir.Constant(INT, 0), before)
+    carried = [[builder.phi(s.type) for s in row] for row in sums]
+    weights = _plus(builder, matrix, builder.mul(k, ir.Constant(INT, vectors * size)))
+    weight = [Vector.load(builder, _plus(builder, weights, v * size), LANES) for v in range(vectors)]
+    offset = builder.mul(k, ir.Constant(INT, 4))
+    results = []
+    for r in range(rows):
+        number = builder.load(builder.inttoptr(_plus(builder, inputs[r], offset), FLOAT.as_pointer()), align=4)
+        value = _spread(builder, number, ir.VectorType(FLOAT, LANES))
+        results.append([value.times_plus(weight[v], Vector(builder, carried[r][v])) for v in range(vectors)])
+    following = _plus(builder, k, 1)
+    k.add_incoming(following, loop)
+    for r in range(rows):
+        for v in range(vectors):
+            carried[r][v].add_incoming(sums[r][v].value, before)
+            carried[r][v].add_incoming(results[r][v].value, loop)
+    builder.cbranch(builder.icmp_signed("<", following, depth), loop, after)
+    builder.position_at_end(after)
+    for r in range(rows):
+        last = _plus(builder, out, builder.mul(out_step, ir.Constant(INT, r)))
+        for v in range(vectors):
+            results[r][v].store(_plus(builder, last, v * size))
+
+
+def _all_blocks_of_sums(builder: ir.IRBuilder, rows: ir.Value, vectors: ir.Value, *rest: ir.Value) -> None:
+    unknown, end = builder.append_basic_block(), builder.append_basic_block()
+    switch = builder.switch(builder.add(builder.mul(vectors, ir.Constant(INT, 32)), rows), unknown)
+    for v, most in enumerate(ROWS, start=1):
+        for r in range(1, most + 1):
+            block = builder.append_basic_block()
+            switch.add_case(ir.Constant(INT, 32 * v + r), block)
+            builder.position_at_end(block)
+            _block_of_sums(builder, r, v, *rest)
+            builder.branch(end)
+    builder.position_at_end(unknown)
+    builder.unreachable()
+    builder.position_at_end(end)
+
+
+@intrinsic
+def block_of_sums(typingctx, rows, vectors, start, start_step, x, x_step, matrix, out, out_step, depth):
+    """out = start + x @ matrix for ``rows`` of at most ROWS[vectors - 1] and ``vectors`` * LANES columns, depth > 0."""
+    return _kernel(_all_blocks_of_sums, *[types.int64] * 10)
+
+
+def _each(
+    builder: ir.IRBuilder, count: ir.Value, filters: ir.Value
+) -> Iterator[Callable[[ir.Value, ir.Value], ir.Value]]:
+    """Inside loops over rows and blocks of feature maps: a function from a base and a step to the block's address."""
+    blocks = builder.sdiv(filters, ir.Constant(INT, BLOCK))
+    with cgutils.for_range(builder, count) as row, cgutils.for_range(builder, blocks) as block:
+        offset = builder.mul(block.index, ir.Constant(INT, 4 * BLOCK))
+        yield lambda base, step: _plus(builder, _plus(builder, base, builder.mul(row.index, step)), offset)
+
+
+def _store_activated(x: Vector, address: ir.Value, filters: ir.Value) -> None:
+    """elu(x) and elu(-x), ``filters`` floats apart."""
+    small = x.exp_of_minus_magnitude() - 1.0
+    x.where_positive(x, small).store(address)
+    other = _plus(x.builder, address, x.builder.mul(filters, ir.Constant(INT, 4)))
+    x.where_positive(small, -x).store(other)
+
+
+def _activate(builder, x, x_step, out, out_step, count, filters) -> None:
+    for at in _each(builder, count, filters):
+        _store_activated(Vector.load(builder, at(x, x_step), BLOCK), at(out, out_step), filters)
+
+
+@intrinsic
+def activate(typingctx, x, x_step, out, out_step, count, filters):
+    """out[r] = concat_elu(x[r]) for ``count`` rows of ``filters`` floats."""
+    return _kernel(_activate, *[types.int64] * 6)
+
+
+def _place(builder, x, x_step, plain, plain_step, out, out_step, count, filters) -> None:
+    for at in _each(builder, count, filters):
+        value = Vector.load(builder, at(x, x_step), BLOCK)
+        value.store(at(plain, plain_step))
+        _store_activated(value, at(out, out_step), filters)
+
+
+@intrinsic
+def place(typingctx, x, x_step, plain, plain_step, out, out_step, count, filters):
+    """plain[r] = x[r] and out[r] = concat_elu(x[r]) for ``count`` rows of ``filters`` floats."""
+    return _kernel(_place, *[types.int64] * 8)
+
+
+def _gate(builder, ab, ab_step, x, x_step, plain, plain_step, out, out_step, count, filters) -> None:
+    for at in _each(builder, count, filters):
+        first = at(ab, ab_step)
+        a = Vector.load(builder, first, BLOCK)
+        b = Vector.load(builder, _plus(builder, first, builder.mul(filters, ir.Constant(INT, 4))), BLOCK)
+        small = b.exp_of_minus_magnitude()
+        sigmoid = b.where_positive(1.0, small) * (small + 1.0).reciprocal()
+        value = a.times_plus(sigmoid, Vector.load(builder, at(x, x_step), BLOCK))
+        value.store(at(plain, plain_step))
+        _store_activated(value, at(out, out_step), filters)
+
+
+@intrinsic
+def gate(typingctx, ab, ab_step, x, x_step, plain, plain_step, out, out_step, count, filters):
+    """plain[r] = x[r] + a[r] sigmoid(b[r]) and out[r] = concat_elu(plain[r]), with (a, b) = ab."""
+    return _kernel(_gate, *[types.int64] * 10)
+
+
+def _logistic_edges(builder, below, above, first, mean, inverse_scale, count) -> None:
+    vector = ir.VectorType(DOUBLE, BLOCK)
+    scale, start = (_spread(builder, value, vector) for value in (inverse_scale, builder.fsub(first, mean)))
+    lanes = Vector(builder, ir.Constant(vector, [float(lane) for lane in range(BLOCK)]))
+    blocks = builder.sdiv(_plus(builder, count, BLOCK - 1), ir.Constant(INT, BLOCK))
+    with cgutils.for_range(builder, blocks) as block:
+        index = builder.mul(block.index, ir.Constant(INT, BLOCK))
+        t = (start + _spread(builder, builder.sitofp(index, DOUBLE), vector) + lanes) * scale
+        small = t.exp_of_minus_magnitude()
+        larger = (small + 1.0).reciprocal()
+        smaller = small * larger
+        offset = builder.mul(index, ir.Constant(INT, 8))
+        t.where_positive(larger, smaller).store(_plus(builder, below, offset))
+        t.where_positive(smaller, larger).store(_plus(builder, above, offset))
+
+
+@intrinsic
+def logistic_edges(typingctx, below, above, first, mean, inverse_scale, count):
+    """below[e] = sigmoid(t), above[e] = sigmoid(-t) with t = (first + e - mean) inverse_scale, in double precision.
+
+    For at least ``count`` edges: whole vectors of :data:`BLOCK` are written.
+    """
+    address, number, count = types.int64, types.float64, types.int64
+    return _kernel(_logistic_edges, address, address, number, number, number, count)
+
+
+@intrinsic
+def floats_at(typingctx, address):
+    """A pointer to floats, for ``numba.carray``."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.float32)(types.int64), generate
+
+
+@intrinsic
+def call(typingctx, address, arguments):
+    """Call the function at an address with the numbers of a tuple."""
+
+    def generate(context, builder, signature, values):
+        address, arguments = values
+        numbers = [builder.extract_value(arguments, i) for i in range(len(signature.args[1]))]
+        kind = ir.FunctionType(ir.VoidType(), [number.type for number in numbers])
+        builder.call(builder.inttoptr(address, kind.as_pointer()), numbers)
+
+    return types.void(types.int64, arguments), generate

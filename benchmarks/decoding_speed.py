@@ -1,0 +1,296 @@
+"""How long decoding takes, in forward passes.
+
+FPE, forward-pass equivalents: time to purify a batch / time of the fastest plain float32 forward pass of the same
+network over the same images with the same threads. Both are measured alternately, round by round; the median of the
+rounds' ratios is what counts, so that another process on the machine slows both alike.
+
+    python benchmarks/decoding_speed.py --filters 40 --resnets 5 --batch 1 256
+    python benchmarks/decoding_speed.py --image-shape 3 32 32 --filters 64 --resnets 3 --batch 1 64
+    python benchmarks/decoding_speed.py --scaling
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import art_pixeldefend
+from art_pixeldefend import PixelCNNpp, datasets, greedy_decode
+from art_pixeldefend.decoding import ENGINES, certify, choose_engine
+
+CHUNKS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
+SHORTEST = 0.3  # seconds: what takes less is repeated
+SIZES, BATCHES = (8, 16, 28, 32, 64), (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--filters", type=int, default=40)
+    parser.add_argument("--resnets", type=int, default=5)
+    parser.add_argument("--mixtures", type=int, default=10)
+    parser.add_argument("--image-shape", type=int, nargs=3, default=(1, 28, 28), metavar=("C", "H", "W"))
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 256])
+    parser.add_argument("--eps", type=int, default=32, help="in levels")
+    parser.add_argument("--method", nargs="+", default=["auto"], choices=["auto", *ENGINES])
+    parser.add_argument("--model", help="a checkpoint or the name of a bundled model, instead of random weights")
+    parser.add_argument("--data", help="a data set whose test images to take, instead of synthetic ones")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--scaling", action="store_true", help="decoding time against image size and batch, with a plot"
+    )
+    parser.add_argument("--output", type=Path, help="JSON file; with --scaling, the plot lies beside it")
+    return parser.parse_args()
+
+
+# What is decoded
+
+
+def make_model(options: argparse.Namespace, image_shape: tuple[int, int, int]) -> PixelCNNpp:
+    """Build the model asked for: a checkpoint's, or one that has just been initialised."""
+    if options.model:
+        bundled = not Path(options.model).exists()
+        model = PixelCNNpp.from_pretrained(options.model) if bundled else PixelCNNpp.load(options.model)
+        return model.to(options.device)
+    torch.manual_seed(0)
+    model = PixelCNNpp(image_shape, options.filters, options.resnets, options.mixtures).eval()
+    model.initialise(synthetic_images(16, image_shape))
+    return model.to(options.device)
+
+
+def synthetic_images(count: int, image_shape: tuple[int, int, int]) -> Tensor:
+    """Slopes with noise: neighbours are alike, as they are in images."""
+    rng = np.random.default_rng(0)
+    channels, height, width = image_shape
+    slope = rng.normal(0, 60, (count, channels, 1, 1)) * np.linspace(-1, 1, height)[:, None]
+    slope = slope + rng.normal(0, 60, (count, channels, 1, 1)) * np.linspace(-1, 1, width)
+    noise = rng.normal(0, 8, (count, *image_shape))
+    return torch.from_numpy(np.clip(np.round(128 + slope + noise), 0, 255).astype(np.uint8))
+
+
+def images(options: argparse.Namespace, model: PixelCNNpp, count: int) -> Tensor:
+    """Levels (count, C, H, W) to purify."""
+    if options.data:
+        return torch.from_numpy(datasets.load(options.data).x_test[:count]).to(options.device)
+    return synthetic_images(count, model.image_shape).to(options.device)
+
+
+# Time
+
+
+def seconds(function: Callable[[], Any], device: str) -> float:
+    """Wall time of one call, repeated until it can be measured."""
+    calls, start = 0, time.perf_counter()
+    while not calls or time.perf_counter() - start < SHORTEST:
+        function()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        calls += 1
+    return (time.perf_counter() - start) / calls
+
+
+@torch.no_grad()
+def forward(model: PixelCNNpp, x: Tensor, chunk: int, channels_last: bool) -> None:
+    """One plain pass over ``x`` in chunks."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    for piece in x.split(chunk):
+        model(piece.contiguous(memory_format=layout))
+
+
+def fastest_forward(model: PixelCNNpp, x: Tensor, device: str) -> tuple[Callable[[], None], dict[str, Any]]:
+    """The plain pass over ``x`` in the chunk size and memory layout that take the least time, and which these are."""
+    times = {}
+    for chunk, last in product(sorted({min(chunk, len(x)) for chunk in CHUNKS}), (False, True)):
+        some = x[: max(chunk, 64)]
+        attempt = partial(forward, model, some, chunk, last)
+        attempt()
+        times[chunk, last] = min(seconds(attempt, device) for _ in range(2)) / len(some)
+    chunk, last = min(times, key=times.get)
+    return partial(forward, model, x, chunk, last), {"chunk": chunk, "channels_last": last}
+
+
+class PassCounter:
+    """Counts the images that go through the network while it is open."""
+
+    def __init__(self, model: PixelCNNpp) -> None:
+        self.images = 0
+        self._model = model
+
+    def __enter__(self) -> PassCounter:
+        self._hook = self._model.network.register_forward_pre_hook(self._count)
+        return self
+
+    def _count(self, module: torch.nn.Module, inputs: tuple[Tensor]) -> None:
+        self.images += len(inputs[0])
+
+    def __exit__(self, *error: object) -> None:
+        self._hook.remove()
+
+
+def measure(options: argparse.Namespace, model: PixelCNNpp, batch: int) -> list[dict[str, Any]]:
+    """One row for each method."""
+    x = images(options, model, batch)
+    plain, how = fastest_forward(model, x, options.device)
+    decoders = {
+        method: lambda method=method: greedy_decode(model, x, options.eps, method, batch_size=batch)
+        for method in options.method
+    }
+    checks = {}
+    for method, decoder in decoders.items():  # the first call compiles
+        with PassCounter(model) as passes:
+            purified = decoder()
+        certificate = certify(model, x, purified, options.eps)
+        checks[method] = {
+            "network_passes": round(passes.images / len(x), 2),
+            "certified": int(certificate.exact.sum()),
+            "ties": int(certificate.ties.sum()),
+        }
+    forwards: list[float] = []
+    decodes: dict[str, list[float]] = {method: [] for method in decoders}
+    for _ in range(options.rounds):
+        forwards.append(seconds(plain, options.device))
+        for method, decoder in decoders.items():
+            decodes[method].append(seconds(decoder, options.device))
+    return [row(model, options, len(x), method, how, forwards, decodes[method]) | checks[method] for method in decoders]
+
+
+def row(model, options, count, method, how, forwards, decodes) -> dict[str, Any]:
+    """One method's figures as they go into the JSON."""
+    ratios = [decode / forward for decode, forward in zip(decodes, forwards, strict=True)]
+    return {
+        "image_shape": list(model.image_shape),
+        "filters": model.filters,
+        "resnets": model.resnets,
+        "mixtures": model.mixtures,
+        "batch": count,
+        "eps": options.eps,
+        "method": method,
+        "engine": choose_engine(model, method),
+        "fpe": round(statistics.median(ratios), 3),
+        "fpe_lowest": round(min(ratios), 3),
+        "fpe_highest": round(max(ratios), 3),
+        "seconds": statistics.median(decodes),
+        "images_per_second": round(count / statistics.median(decodes), 2),
+        "forward_seconds": statistics.median(forwards),
+        "forward": how,
+    }
+
+
+# Results
+
+
+def hardware(options: argparse.Namespace) -> dict[str, Any]:
+    """What the figures were measured on."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = names[0] if names else name
+    flags = torch.backends.cpu.get_cpu_capability()
+    device = torch.cuda.get_device_name() if options.device != "cpu" else "cpu"
+    return {"cpu": name, "vectors": flags, "threads": torch.get_num_threads(), "device": device}
+
+
+def versions() -> dict[str, str]:
+    """What the figures were measured with."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    try:
+        import numba
+
+        found["numba"] = numba.__version__
+    except ImportError:
+        found["numba"] = "absent"
+    return found | {"art-pixeldefend": art_pixeldefend.__version__}
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    """Print rows."""
+    for r in rows:
+        shape = "x".join(map(str, r["image_shape"]))
+        print(
+            f"{shape} {r['filters']}x{r['resnets']} batch {r['batch']:4d} eps {r['eps']:3d} {r['engine']:>11}: "
+            f"{r['fpe']:7.3f} FPE ({r['fpe_lowest']}-{r['fpe_highest']}), {r['images_per_second']:8.2f} images/s, "
+            f"{r['network_passes']:6.2f} passes, certified {r['certified']}/{r['batch']}, {r['ties']} ties",
+            flush=True,
+        )
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Milliseconds an image against the pixel count, and against the batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
+    for axis, group, key, label in (
+        (left, [r for r in rows if r["varies"] == "size"], lambda r: r["image_shape"][1] ** 2, "pixels"),
+        (right, [r for r in rows if r["varies"] == "batch"], lambda r: r["batch"], "images in the batch"),
+    ):
+        times = [1000 * r["seconds"] / r["batch"] for r in group]
+        forwards = [1000 * r["forward_seconds"] / r["batch"] for r in group]
+        axis.plot([key(r) for r in group], times, "o-", label=f"decoding ({group[0]['engine']})")
+        axis.plot([key(r) for r in group], forwards, "s--", color="0.5", label="one forward pass")
+        axis.set(xscale="log", yscale="log", xlabel=label, ylabel="milliseconds an image")
+        axis.grid(alpha=0.3, which="both")
+    left.set_title(f"batch {next(r['batch'] for r in rows if r['varies'] == 'size')}", fontsize=10)
+    right.set_title("28 x 28", fontsize=10)
+    left.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def scaling(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Image sizes at one batch, then batches at one image size."""
+    rows = []
+    for varies, shape, batch in [("size", (1, size, size), options.batch[0]) for size in SIZES] + [
+        ("batch", (1, 28, 28), batch) for batch in BATCHES
+    ]:
+        found = measure(options, make_model(options, shape), batch)
+        report(found)
+        rows += [r | {"varies": varies} for r in found]
+    return rows
+
+
+def main() -> None:
+    """Measure, print, write."""
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    if options.scaling:
+        rows = scaling(options)
+    else:
+        model, rows = make_model(options, tuple(options.image_shape)), []
+        for batch in options.batch:
+            rows += measure(options, model, batch)
+            report(rows[-len(options.method) :])
+    result = {
+        "command": " ".join(["python", "benchmarks/decoding_speed.py", *sys.argv[1:]]),
+        "date": datetime.now(UTC).date().isoformat(),
+        "hardware": hardware(options),
+        "versions": versions(),
+        "rows": rows,
+    }
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
+        if options.scaling:
+            plot(rows, options.output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

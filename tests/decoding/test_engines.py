@@ -1,0 +1,151 @@
+"""Every engine gives the image of the reference, and a plain pass certifies it."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from art_pixeldefend.decoding import ENGINES, cached, certify, decode, fixed_point, greedy_decode, sample
+from art_pixeldefend.decoding.rules import Greedy
+from art_pixeldefend.density import PixelCNNpp
+
+FAST = [name for name in ENGINES if name != "reference"]
+SHAPES = {"grey": (1, 6, 8), "RGB": (3, 6, 5), "two channels": (2, 5, 7), "odd": (1, 7, 5)}
+
+
+def agree(model, x, eps, method, expected):
+    """Equal but for sub-pixels where rounding decides; an image with such a tie may differ from there on."""
+    found = greedy_decode(model, x, eps, method)
+    certificate = certify(model, x, found, eps)
+    assert certificate.exact.all()
+    differs = (found != expected).flatten(1).any(dim=1)
+    tied = certificate.ties + certify(model, x, expected, eps).ties > 0
+    assert not (differs & ~tied).any()
+    return int(differs.sum())
+
+
+@pytest.mark.parametrize("method", FAST)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("eps", [0, 1, 16, 255])
+def test_engines_give_the_image_of_the_reference(make_model, make_levels, shape, eps, method):
+    model = make_model(shape)
+    x = torch.from_numpy(make_levels(3, shape))
+    assert agree(model, x, eps, method, greedy_decode(model, x, eps, "reference")) == 0
+
+
+@pytest.mark.parametrize("method", FAST)
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_engines_agree_on_any_model_and_image(method, data):
+    sizes = st.integers(1, 9)
+    shape = data.draw(st.tuples(st.integers(1, 4), sizes, sizes), "shape")
+    seed = data.draw(st.integers(0, 999), "seed")
+    torch.manual_seed(seed)
+    model = PixelCNNpp(
+        shape, data.draw(st.integers(1, 20), "filters"), data.draw(st.integers(1, 2), "resnets"), 1 + seed % 4
+    ).eval()
+    x = torch.randint(0, 256, (data.draw(st.integers(0, 5), "batch"), *shape), dtype=torch.uint8)
+    eps = data.draw(st.integers(0, 255), "eps")
+    agree(model, x, eps, method, greedy_decode(model, x, eps, "reference"))
+
+
+@pytest.mark.parametrize("method", ["cached", "compiled"])
+def test_batch_sizes_and_thread_counts_give_the_same_images(make_model, make_levels, method):
+    model = make_model((1, 5, 6))
+    x = torch.from_numpy(make_levels(300, model.image_shape))
+    together = greedy_decode(model, x, 16, method, batch_size=300)
+    assert certify(model, x, together, 16).exact.all()
+    for count in (1, 2, 7):
+        agree(model, x[:count], 16, method, together[:count])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        agree(model, x[:11], 16, method, together[:11])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_compiled_engine_gives_an_image_the_same_bits_in_any_company(make_model, make_levels):
+    model = make_model((3, 6, 6))
+    x = torch.from_numpy(make_levels(9, model.image_shape))
+    together = greedy_decode(model, x, 40, "compiled")
+    alone = torch.cat([greedy_decode(model, image[None], 40, "compiled") for image in x])
+    assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("filters, resnets, mixtures", [(16, 1, 10), (17, 3, 1), (40, 1, 5), (72, 1, 2)])
+def test_the_compiled_engine_takes_any_width_and_depth(make_model, make_levels, filters, resnets, mixtures):
+    model = make_model((1, 6, 6), filters=filters, resnets=resnets, mixtures=mixtures)
+    x = torch.from_numpy(make_levels(6, model.image_shape))
+    agree(model, x, 20, "compiled", greedy_decode(model, x, 20, "fixed-point"))
+
+
+@pytest.mark.parametrize("log_scale, mean", [(-7.0, 0.3), (-7.0, 50.0), (-7.0, -50.0), (14.0, 0.0), (-3.0, 1e5)])
+def test_extreme_mixtures_make_no_ties_in_the_tails(make_levels, log_scale, mean):
+    """Components hundreds of scales away: masses underflow, their order must not."""
+    torch.manual_seed(0)
+    model = PixelCNNpp((1, 4, 4), filters=4, resnets=1, mixtures=2).eval()
+    with torch.no_grad():
+        model.network.head.gain.fill_(0.01)
+        model.network.head.bias.copy_(torch.tensor([0.0, 0.5, mean, mean + 0.01, log_scale, log_scale]))
+    x = torch.from_numpy(make_levels(2, model.image_shape))
+    for eps in (3, 255):
+        expected = greedy_decode(model, x, eps, "reference")
+        for method in FAST:
+            agree(model, x, eps, method, expected)
+
+
+@pytest.mark.parametrize("method", FAST)
+def test_trained_models_agree_on_digits(digits_model, digits, method):
+    x = torch.from_numpy(digits.x_test[:16])
+    agree(digits_model, x, 32, method, greedy_decode(digits_model, x, 32, "reference"))
+
+
+def test_without_numba_the_torch_engine_takes_over(make_model, make_levels, monkeypatch):
+    model = make_model((1, 5, 5))
+    x = make_levels(3, model.image_shape)
+    expected = greedy_decode(model, x, 16, "compiled")
+    monkeypatch.setitem(sys.modules, "numba", None)  # importing it raises ImportError
+    decode.has_numba.cache_clear()
+    try:
+        assert not decode.has_numba()
+        for method in ("compiled", "auto"):
+            np.testing.assert_array_equal(greedy_decode(model, x, 16, method), expected)
+    finally:
+        decode.has_numba.cache_clear()
+
+
+def test_double_precision_models_are_left_to_torch(make_model, make_levels):
+    model = make_model((1, 5, 5)).double()
+    x = torch.from_numpy(make_levels(2, model.image_shape))
+    agree(model, x, 16, "compiled", greedy_decode(model, x, 16, "reference"))
+
+
+def test_weights_changed_between_calls_are_seen(make_model, make_levels):
+    model = make_model((1, 5, 5))
+    x = torch.from_numpy(make_levels(2, model.image_shape))
+    for method in ("cached", "compiled"):
+        greedy_decode(model, x, 255, method)
+        model.network.head.bias.data.add_(0.5)
+        agree(model, x, 255, method, greedy_decode(model, x, 255, "reference"))
+
+
+def test_no_engine_writes_to_its_input(make_model, make_levels):
+    model = make_model((1, 5, 5))
+    x = torch.from_numpy(make_levels(2, model.image_shape))
+    before = x.clone()
+    for method in ENGINES:
+        greedy_decode(model, x, 255, method)
+        assert torch.equal(x, before)
+
+
+def test_the_cached_engine_takes_any_rule(make_model, make_levels):
+    model = make_model((3, 5, 6))
+    x = torch.from_numpy(make_levels(3, model.image_shape))
+    with torch.no_grad():
+        assert torch.equal(cached.decode(model, x, Greedy(x, 9)), fixed_point.decode(model, x, Greedy(x, 9)))
+    assert torch.equal(sample(model, 3, seed=1), sample(model, 3, seed=1))
+    assert not torch.equal(sample(model, 3, seed=1), sample(model, 3, seed=2))
