@@ -75,7 +75,9 @@ class WeightNormConv2d(nn.Module):
         self.gain.fill_(1.0)
         self.bias.zero_()
         y = self.forward(x)  # not self(x): this runs inside a hook of that call
-        gain = self.init_scale / torch.sqrt(y.var((0, 2, 3), unbiased=False) + 1e-10)
+        deviation = y.var((0, 2, 3), unbiased=False).sqrt()
+        # An output that is the same everywhere (one that sees nothing of a tiny image) would become amplified rounding.
+        gain = self.init_scale / torch.where(deviation > 1e-4, deviation, 1.0)
         self.bias.copy_(-y.mean((0, 2, 3)) * gain)
         self.gain.copy_(gain)
 
