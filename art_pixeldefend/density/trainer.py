@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from os import PathLike
@@ -156,14 +156,18 @@ class State:
                 for i, (parameter, average) in enumerate(zip(self.parameters, self.average, strict=True)):
                     parameter.copy_(tensors[f"parameter.{i}"])
                     average.copy_(tensors[f"average.{i}"])
-            moments = {
-                i: {name: tensors[f"optimizer.{i}.{name}"] for name in ("step", "exp_avg", "exp_avg_sq")}
-                for i in range(len(self.parameters))
-            }
+            moments = {i: self._moments(tensors, i) for i in range(len(self.parameters))}
             self.step = int(header["step"])
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"resume: {str(path)!r} does not fit this model and these images: {error}") from error
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+
+    def _moments(self, tensors: Mapping[str, Tensor], i: int) -> dict[str, Tensor]:
+        """Adam's state of a parameter, in the parameter's own memory layout: the fused step pairs them as they lie."""
+        like = self.parameters[i]
+        names = ("exp_avg", "exp_avg_sq")
+        moments = {name: torch.empty_like(like).copy_(tensors[f"optimizer.{i}.{name}"]) for name in names}
+        return moments | {"step": tensors[f"optimizer.{i}.step"]}
 
 
 class Batches:
