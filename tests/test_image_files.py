@@ -37,7 +37,7 @@ def test_a_folder_is_written_back_with_its_names_and_subfolders(channels, tmp_pa
     found = read_images(tmp_path / "in")
     np.testing.assert_array_equal(found.levels, as_nchw("levels", levels))
     write_images(tmp_path / "out", found.levels, like=found)
-    assert [image for image in read_images(tmp_path / "out").names] == ["a.png", "b/c.png", "b/d.png"]
+    assert list(read_images(tmp_path / "out").names) == ["a.png", "b/c.png", "b/d.png"]
     np.testing.assert_array_equal(read_images(tmp_path / "out").levels, found.levels)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 

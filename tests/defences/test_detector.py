@@ -114,7 +114,7 @@ def test_a_detector_that_was_not_fitted_says_so(pixel_cnn, drawn, tmp_path):
     with pytest.raises(ValueError, match="fit"):
         detector.save(tmp_path / "nothing")
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="^x must"):
+    with pytest.raises(ValueError, match=r"^x must"):
         detector.fit(drawn[:0] / 255)
 
 
@@ -129,5 +129,5 @@ def test_impossible_arguments_are_refused_by_name(pixel_cnn, bad):
 @pytest.mark.parametrize("x", [np.zeros((1, 1, 5, 6)), np.full((1, *SHAPE), np.nan), np.full((1, *SHAPE), 300.0)])
 def test_images_that_are_none_are_refused_by_name(detector, x):
     for method in (detector.detect, detector.fit):
-        with pytest.raises(ValueError, match="^x must"):
+        with pytest.raises(ValueError, match=r"^x must"):
             method(x)

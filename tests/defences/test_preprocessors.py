@@ -290,7 +290,7 @@ def test_a_missing_model_file_is_named():
     ],
 )
 def test_images_that_are_none_are_refused_by_name(pixel_cnn, x):
-    with pytest.raises(ValueError, match="^x must"):
+    with pytest.raises(ValueError, match=r"^x must"):
         PixelDefend(pixel_cnn=pixel_cnn)(x)
 
 

@@ -118,7 +118,7 @@ def test_a_checkpoint_of_other_settings_is_not_resumed(uninterrupted, make_level
 
 
 def test_a_diverging_run_stops_with_the_step_and_the_remedy(make_levels, tmp_path, monkeypatch):
-    """Weight normalisation and clamped scales keep the loss finite at any learning rate; so the loss is made to diverge."""
+    """Weight normalisation and clamped scales keep the loss finite at any learning rate, so it is made to diverge."""
     whole = Loss.forward
     monkeypatch.setattr(Loss, "forward", lambda self, x: whole(self, x) * (torch.nan if x.sum() % 2 else 1))
     with pytest.raises(FloatingPointError, match="step 20; lower learning_rate"):
