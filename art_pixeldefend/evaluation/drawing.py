@@ -1,0 +1,99 @@
+"""The figures of a finished grid: strips, likelihoods, p-values, ROC curves, and the numbers in them."""
+
+from __future__ import annotations
+
+import json
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from art_pixeldefend.attacks.budget import to_levels
+from art_pixeldefend.defences import PixelDefendDetector
+from art_pixeldefend.evaluation import figures
+from art_pixeldefend.evaluation.grid import CLEAN, Cell, Grid, Row
+from art_pixeldefend.evaluation.stages import Stages
+from art_pixeldefend.evaluation.store import UNIT
+from art_pixeldefend.evaluation.table import TITLES
+from art_pixeldefend.files import write_atomically
+
+DEFENCE = "pixeldefend"
+
+
+def draw(stages: Stages, folder: str | PathLike[str], *, shown: int = 10, reference: int = 1000) -> list[Path]:
+    """Figures of the grid's first bare PixelDefend row, one of each kind for each radius.
+
+    ``strips-EPS`` (the paper's Figures 4, 10 and 11), ``likelihoods-EPS`` (2), ``p-values-EPS`` (3 and 7) and
+    ``roc-EPS`` (6), each as PNG and PDF, and ``detection.json`` with areas under the curve and mean bits per dimension.
+    Attacked and purified images that the grid has not computed yet are computed.
+
+    Args:
+        stages: of the grid.
+        folder: for the figures.
+        shown: images in a strip.
+        reference: the first so many training images are what p-values compare with.
+
+    Returns:
+        The files; none if the grid has no such row.
+    """
+    row = drawn_row(stages.grid)
+    if row is None:
+        return []
+    folder = Path(folder)
+    detector = PixelDefendDetector(stages.pixel_cnn, clip_values=UNIT)
+    detector.fit(stages.clean(0, reference, "train"))
+    numbers = {str(eps): _of_radius(stages, row, eps, detector, folder, shown) for eps in stages.grid.eps}
+    write_atomically(folder / "detection.json", json.dumps({"reference": reference, "eps": numbers}, indent=1) + "\n")
+    return sorted(folder.iterdir())
+
+
+def drawn_row(grid: Grid) -> Row | None:
+    """The row that :func:`draw` is about, if the grid has one."""
+    return next((row for row in grid.rows if row.defence == DEFENCE and row.threat == "bare"), None)
+
+
+def _of_radius(
+    stages: Stages, row: Row, eps: int, detector: PixelDefendDetector, folder: Path, shown: int
+) -> dict[str, Any]:
+    """The figures of one radius, and their numbers."""
+    cells = {CLEAN: Cell(row, CLEAN, 0)}
+    cells |= {TITLES[name]: Cell(row, name, eps) for name in stages.grid.attacks_of(row)}
+    before = {name: _images(stages, cell, defended=False) for name, cell in cells.items()}
+    after = {name: _images(stages, cell, defended=True) for name, cell in cells.items()}
+    reports = {name: (detector.detect(before[name])[0], detector.detect(after[name])[0]) for name in cells}
+    p_values, p_purified = ({name: r[i]["p_values"] for name, r in reports.items()} for i in (0, 1))
+    bits = {name: (r[0]["bits_per_dim"], r[1]["bits_per_dim"]) for name, r in reports.items()}
+    _strips(stages, row, before, after, folder / f"strips-{eps}", shown)
+    y = stages.data.y_test[: len(before[CLEAN])]
+    predict = stages.classifier(row, False).predict
+    errors = {name: float((predict(x).argmax(axis=1) != y).mean()) for name, x in before.items()}
+    figures.likelihood_densities(folder / f"likelihoods-{eps}", {name: b[0] for name, b in bits.items()}, errors)
+    figures.p_value_histograms(folder / f"p-values-{eps}", p_values, p_purified, bins=25)
+    scores, purified = ({n: r[i]["log_likelihoods"] for n, r in reports.items() if n != CLEAN} for i in (0, 1))
+    assert detector.log_likelihoods is not None  # it has been fitted
+    areas = figures.roc_curves(folder / f"roc-{eps}", detector.log_likelihoods, scores, purified)
+    return {
+        "auroc": areas,
+        "auroc_purified": {n: figures.auroc(detector.log_likelihoods, s) for n, s in purified.items()},
+        "bits_per_dim": {name: [float(b.mean()) for b in pair] for name, pair in bits.items()},
+    }
+
+
+def _images(stages: Stages, cell: Cell, *, defended: bool) -> np.ndarray:
+    """A cell's images, as the runner had them: chunk by chunk, from the store."""
+    count, chunk = stages.count(cell.row), stages.grid.chunk
+    of = stages.defended if defended else stages.attacked
+    return np.concatenate([of(cell, start, min(chunk, count - start)) for start in range(0, count, chunk)])
+
+
+def _strips(stages: Stages, row: Row, before: dict, after: dict, path: Path, shown: int) -> None:
+    """For each attack a strip of attacked images above one of purified ones, with what the classifier says of them."""
+    strips, labels = {}, {}
+    classifier, names = stages.classifier(row, False), stages.data.classes
+    for attack in before:
+        for kind, images in ((attack, before[attack]), ("purified", after[attack])):
+            name = kind if kind == attack else f"{attack},\npurified"
+            strips[name] = to_levels(images[:shown], UNIT)
+            labels[name] = [names[i] for i in classifier.predict(images[:shown]).argmax(axis=1)]
+    figures.image_strips(path, strips, labels, [names[i] for i in stages.data.y_test[:shown]])

@@ -1,0 +1,238 @@
+"""What a cell is made of: a trained classifier, attacked images, purified images, predictions; each computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+from art.defences.preprocessor import Preprocessor
+from art.estimators.classification import PyTorchClassifier
+
+from art_pixeldefend import classifiers
+from art_pixeldefend.attacks import ATTACKS, unclipped
+from art_pixeldefend.attacks.budget import clip_to_ball, from_levels
+from art_pixeldefend.classifiers.layers import Network
+from art_pixeldefend.classifiers.training import shortened
+from art_pixeldefend.datasets import Dataset
+from art_pixeldefend.defences import AdaptivePixelDefend
+from art_pixeldefend.defences.purifier import as_pixel_cnn
+from art_pixeldefend.density import PixelCNNpp
+from art_pixeldefend.evaluation.grid import CLEAN, Cell, Grid, Row
+from art_pixeldefend.evaluation.preprocessors import Step, preprocessor, takes
+from art_pixeldefend.evaluation.store import UNIT, Settings, Store, digest
+
+CALIBRATED = "calibrated"
+CALIBRATION_ATTACKS = ("fgsm", "bim")
+
+
+class Stages:
+    """Images are float32 in [0, 1] here, on the 8-bit grid unless a defence left it.
+
+    Args:
+        grid: what everything follows from.
+        data: the grid's data set.
+        store: where results are kept.
+    """
+
+    def __init__(self, grid: Grid, data: Dataset, store: Store) -> None:
+        self.grid, self.data, self.store = grid, data, store
+        rest = len(data.x_train) - grid.validation
+        self.splits = {
+            "train": (data.x_train[:rest], data.y_train[:rest]),
+            "validation": (data.x_train[rest:], data.y_train[rest:]),
+            "test": (data.x_test, data.y_test),
+        }
+        self.failures: dict[tuple[str, str], str] = {}
+        self.model = lru_cache(maxsize=2)(self._model)
+        self.classifier = lru_cache(maxsize=4)(self._classifier)
+
+    @cached_property
+    def pixel_cnn(self) -> PixelCNNpp:
+        """The density model, loaded when first needed."""
+        return as_pixel_cnn(self.grid.pixel_cnn)
+
+    # Classifiers
+
+    def training(self, row: Row) -> dict[str, Any]:
+        """The settings of a row's classifier."""
+        grid = self.grid
+        recipe = shortened(grid.recipe, grid.steps) if grid.steps else classifiers.RECIPES[grid.recipe]
+        settings = {
+            "dataset": grid.dataset, "network": row.network, "sizes": dict(grid.sizes.get(row.network, {})),
+            "training": row.training, "recipe": asdict(recipe), "validation": grid.validation, "seed": grid.seed,
+        }  # fmt: skip
+        return settings | ({"delta": grid.delta} if row.training.startswith("adversarial") else {})
+
+    def trained(self, row: Row) -> bool:
+        """Whether a row's classifier is there."""
+        return self.store.path("classifiers", self.training(row), ".safetensors").is_file()
+
+    def _model(self, network: str, training: str) -> Network:
+        """The trained network, trained now if it is not there; but not twice if that fails."""
+        if (network, training) in self.failures:
+            raise RuntimeError(self.failures[network, training])
+        try:
+            return self._load_or_train(network, training)
+        except Exception as error:
+            self.failures[network, training] = f"no classifier {network}, {training}: {error}"
+            raise
+
+    def _load_or_train(self, network: str, training: str) -> Network:
+        row, grid, data = Row(network, training), self.grid, self.data
+        settings = self.training(row)
+        path = self.store.path("classifiers", settings, ".safetensors")
+        if not path.is_file():
+            model = classifiers.build(
+                network, data.image_shape, len(data.classes), seed=grid.seed, **grid.sizes.get(network, {})
+            )
+            recipe = shortened(grid.recipe, grid.steps) if grid.steps else grid.recipe
+            classifiers.train(model, *self.splits["train"], recipe, training, delta=grid.delta, seed=grid.seed)
+            classifiers.save(path, model, settings)
+        return classifiers.load(path)[0]
+
+    def _classifier(self, row: Row, through: bool) -> PyTorchClassifier:
+        """What is attacked: the row's network, bare or behind the row's defence."""
+        defence = self.defence(row) if through else None
+        return classifiers.as_art(self.model(row.network, row.training), defence)
+
+    # Defences
+
+    def steps(self, row: Row) -> list[Step]:
+        """The row's defence as data, a threshold that is to be calibrated replaced by its value."""
+        steps = () if row.defence == "none" else self.grid.defences[row.defence]
+        return [
+            (path, dict(arguments) | ({"threshold": self.threshold(row, path)} if _calibrated(arguments) else {}))
+            for path, arguments in steps
+        ]
+
+    def defence(self, row: Row) -> Preprocessor | None:
+        """The row's defence as an ART preprocessor."""
+        return self.build(self.steps(row))
+
+    def threshold(self, row: Row, path: str) -> float:
+        """Of bits per dimension, chosen on validation images under FGSM and BIM of every radius; kept.
+
+        A threshold is the model's and the classifier's, so rows of another threat share it.
+        """
+        arguments = dict(dict(self.grid.defences[row.defence])[path])
+        settings = {
+            "classifier": self.training(row), "pixel_cnn": self._pixel_cnn_name(), "defence": path,
+            "arguments": arguments, "eps": list(self.grid.eps),
+        }  # fmt: skip
+        if (kept := self.store.read("thresholds", settings)) is None:
+            bare, count = Row(row.network, row.training), len(self.splits["validation"][1])
+            attacked = {
+                f"{attack} {eps}": self.attacked(Cell(bare, attack, eps), 0, count, "validation")
+                for attack in CALIBRATION_ATTACKS
+                for eps in self.grid.eps
+            }
+            defence = self.build([(path, arguments | {"threshold": 0.0})])
+            if not isinstance(defence, AdaptivePixelDefend):
+                raise ValueError(f"defence {path!r} has no threshold to calibrate")
+            chosen = defence.calibrate(self.classifier(bare, False), attacked, self.splits["validation"][1])
+            kept = {"threshold": chosen, "settings": settings}
+            self.store.write("thresholds", settings, kept)
+        return kept["threshold"]
+
+    def build(self, steps: Sequence[Step]) -> Preprocessor | None:
+        """The preprocessor that steps describe, with clip values and density model where it takes them."""
+        common = {"pixel_cnn": self.pixel_cnn} if _has_density_model(steps) else {}
+        return preprocessor(steps, clip_values=UNIT, **common)
+
+    def _pixel_cnn_name(self) -> str:
+        """Tells density models apart: a retrained one under the same name makes new results."""
+        return f"{self.grid.pixel_cnn} {digest(self.pixel_cnn.configuration | {'sum': self._weight_sum})}"
+
+    @cached_property
+    def _weight_sum(self) -> float:
+        return sum(float(value.double().abs().sum()) for value in self.pixel_cnn.state_dict().values())
+
+    def _defence_key(self, row: Row) -> dict[str, Any] | None:
+        steps = self.steps(row)
+        if not steps:
+            return None
+        named = {"pixel_cnn": self._pixel_cnn_name()} if _has_density_model(steps) else {}
+        return {"steps": [[path, dict(arguments)] for path, arguments in steps]} | named
+
+    # Images
+
+    def clean(self, start: int, count: int, split: str = "test") -> np.ndarray:
+        """``count`` images of a split from ``start``."""
+        return from_levels(self.splits[split][0][start : start + count], UNIT)
+
+    def attacked(self, cell: Cell, start: int, count: int, split: str = "test") -> np.ndarray:
+        """Those images attacked as the cell says: 8-bit, within the ball."""
+        x = self.clean(start, count, split)
+        if cell.attack == CLEAN:
+            return x
+        raw = self.store.images(
+            "attacked", self.attack_key(cell, start, count, split), lambda: self._attack(cell, x, start, split)
+        )
+        return clip_to_ball(raw, x, cell.eps, UNIT)
+
+    def attack_key(self, cell: Cell, start: int, count: int, split: str = "test") -> dict[str, Any]:
+        """The settings that attacked images follow from: no more, so that rows and radii share what they can."""
+        entry = ATTACKS[cell.attack] if cell.attack != CLEAN else None
+        key: dict[str, Any] = {"dataset": self.grid.dataset, "split": split, "start": start, "count": count}
+        key |= {"validation": self.grid.validation} if split == "validation" else {}
+        if entry is None:
+            return key
+        key |= {"attack": cell.attack, "seed": self.grid.seed}
+        key |= {"eps": cell.eps} if entry.uses_eps else {}
+        if entry.sees_classifier:
+            through = self._defence_key(cell.row) if cell.row.threat == "through" else None
+            key |= {"classifier": self.training(cell.row), "through": through}
+        return key
+
+    def _attack(self, cell: Cell, x: np.ndarray, start: int, split: str) -> np.ndarray:
+        entry, through = ATTACKS[cell.attack], cell.row.threat == "through" and cell.row.defence != "none"
+        classifier = self.classifier(cell.row, through and entry.sees_classifier)
+        # Every chunk has noise of its own, whichever process has it.
+        seed = self.grid.seed * 1_000_003 + start
+        attack = unclipped(cell.attack, classifier, cell.eps, batch_size=len(x), seed=seed)
+        y = self.splits[split][1][start : start + len(x)]
+        raw = attack.generate(x, y=np.eye(len(self.data.classes), dtype=np.float32)[y] if entry.true_labels else None)
+        # An attack that knows no radius is clipped to each when it is used; here it would only fit one.
+        return clip_to_ball(raw, x, cell.eps, UNIT) if entry.uses_eps else raw
+
+    def defended(self, cell: Cell, start: int, count: int) -> np.ndarray:
+        """The cell's attacked images after its defence."""
+        x, defence_key = self.attacked(cell, start, count), self._defence_key(cell.row)
+        if defence_key is None:
+            return x
+        key = {"attacked": self.attack_key(cell, start, count), "eps": cell.eps, "defence": defence_key}
+
+        def compute() -> np.ndarray:
+            defence = self.defence(cell.row)
+            assert defence is not None  # its key is not None
+            return defence(x)[0]
+
+        return self.store.images("defended", key, compute)
+
+    def right(self, cell: Cell, start: int, count: int) -> np.ndarray:
+        """Whether each of the cell's images is classified rightly, (count,)."""
+        x, y = self.defended(cell, start, count), self.splits["test"][1][start : start + count]
+        return self.classifier(cell.row, False).predict(x, batch_size=count).argmax(axis=1) == y
+
+    def cell_key(self, cell: Cell) -> Settings:
+        """All settings that a cell's number follows from."""
+        return {
+            "classifier": self.training(cell.row), "threat": cell.row.threat, "defence": self._defence_key(cell.row),
+            "attack": cell.attack, "eps": cell.eps, "images": self.count(cell.row), "chunk": self.grid.chunk,
+            "seed": self.grid.seed,
+        }  # fmt: skip
+
+    def count(self, row: Row) -> int:
+        """How many test images a row is measured on: no more than there are."""
+        return min(self.grid.images_of(row), len(self.data.x_test))
+
+
+def _has_density_model(steps: Sequence[Step]) -> bool:
+    return any("pixel_cnn" in takes(path) for path, _ in steps)
+
+
+def _calibrated(arguments: Mapping[str, Any]) -> bool:
+    return arguments.get("threshold") == CALIBRATED

@@ -1,0 +1,62 @@
+"""Results under the hash of what made them: computed once, there whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from art_pixeldefend.attacks.budget import from_levels, to_levels
+from art_pixeldefend.files import write_atomically
+
+Settings = Mapping[str, Any]
+UNIT = (0.0, 1.0)
+
+
+def digest(settings: Settings) -> str:
+    """Twenty hexadecimal digits that stand for JSON-serialisable settings, in whatever order."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:20]
+
+
+class Store:
+    """A folder of arrays and JSON files, each named by its kind and the :func:`digest` of its settings.
+
+    Processes may share it: whoever is second to finish a result replaces it by an equal one.
+
+    Args:
+        folder: made when first written to.
+    """
+
+    def __init__(self, folder: str | PathLike[str]) -> None:
+        self.folder = Path(folder)
+
+    def path(self, kind: str, settings: Settings, suffix: str) -> Path:
+        """Where a result is, or would be."""
+        return self.folder / kind / f"{digest(settings)}{suffix}"
+
+    def images(self, kind: str, settings: Settings, compute: Callable[[], np.ndarray]) -> np.ndarray:
+        """Images (N, ...) in [0, 1], float32: read, or else computed and kept; as bytes where they are 8-bit ones."""
+        path = self.path(kind, settings, ".npy")
+        if not path.is_file():
+            images = compute().astype(np.float32)
+            levels = to_levels(images, UNIT)
+            buffer = io.BytesIO()
+            np.save(buffer, levels if np.array_equal(from_levels(levels, UNIT), images) else images)
+            write_atomically(path, buffer.getvalue())
+        kept = np.load(path, allow_pickle=False)
+        return from_levels(kept, UNIT) if kept.dtype == np.uint8 else kept
+
+    def read(self, kind: str, settings: Settings) -> dict[str, Any] | None:
+        """A JSON result, or None if there is none."""
+        path = self.path(kind, settings, ".json")
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def write(self, kind: str, settings: Settings, result: Settings) -> None:
+        """Keep a JSON result."""
+        write_atomically(self.path(kind, settings, ".json"), json.dumps(result, indent=1, sort_keys=True) + "\n")

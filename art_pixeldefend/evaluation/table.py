@@ -1,0 +1,151 @@
+"""Tables: ours beside the paper's, with intervals."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from art_pixeldefend.attacks import ATTACKS
+from art_pixeldefend.evaluation.grid import CLEAN, Cell, Grid, Row, paper_accuracy
+
+Results = Mapping[Cell, Mapping[str, Any]]
+STRONGEST, WORST_CASE = "strongest", "worst case"
+TITLES = {
+    "rand": "RAND", "fgsm": "FGSM", "bim": "BIM", "deepfool": "DeepFool", "deepfool-l2": "DeepFool (L2)", "cw": "CW",
+    "cw-art": "CW (ART)",
+}  # fmt: skip
+
+
+def wilson(correct: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's 95% interval for a proportion (1927), each end in 0..1."""
+    if not count:
+        return 0.0, 1.0
+    p, spread = correct / count, z * z / count
+    centre = (p + spread / 2) / (1 + spread)
+    half = z * math.sqrt(p * (1 - p) / count + spread / (4 * count)) / (1 + spread)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def entries(grid: Grid, results: Results) -> list[dict[str, Any]]:
+    """Every number of the table as a flat record, the derived columns among them.
+
+    ``strongest`` is the least accuracy of the row's attacks, as in the paper; ``worst case`` counts an image only if it
+    is right under all of them.
+    """
+    records = []
+    for row in grid.rows:
+        for eps in grid.eps:
+            columns = {name: cell for name, cell in _columns(grid, row, eps).items() if cell in results}
+            for name, cell in columns.items():
+                records.append(_record(grid, row, eps, name, results[cell]))
+            records += _derived(grid, row, eps, {n: results[c] for n, c in columns.items() if n != CLEAN})
+    return records
+
+
+def _columns(grid: Grid, row: Row, eps: int) -> dict[str, Cell]:
+    return {CLEAN: Cell(row, CLEAN, 0)} | {name: Cell(row, name, eps) for name in grid.attacks_of(row)}
+
+
+def _record(grid: Grid, row: Row, eps: int, column: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    record = {
+        "dataset": grid.dataset, "network": row.network, "training": row.training, "defence": row.defence,
+        "threat": row.threat, "eps": eps, "column": column, "count": result.get("count", 0),
+        "ours": result.get("accuracy_percent"), "low": None, "high": None,
+        "paper": paper_accuracy(grid.dataset, row, column, eps), "difference": None, "error": result.get("error", ""),
+    }  # fmt: skip
+    if "interval_percent" in result:
+        record["low"], record["high"] = result["interval_percent"]
+    if record["ours"] is not None and record["paper"] is not None:
+        record["difference"] = record["ours"] - record["paper"]
+    return record
+
+
+def _derived(grid: Grid, row: Row, eps: int, attacked: Results | Mapping[str, Any]) -> list[dict[str, Any]]:
+    done = [result for result in attacked.values() if "right" in result]
+    if not done or len(done) < len(attacked):  # a minimum over fewer attacks would look better than it is
+        return []
+    weakest = min(done, key=lambda result: result["accuracy_percent"])
+    right: np.ndarray = np.array([[r == "1" for r in result["right"]] for result in done]).all(axis=0)
+    low, high = wilson(int(right.sum()), len(right))
+    worst = {
+        "count": len(right), "accuracy_percent": 100 * float(right.mean()), "interval_percent": [100 * low, 100 * high],
+    }  # fmt: skip
+    return [_record(grid, row, eps, STRONGEST, weakest), _record(grid, row, eps, WORST_CASE, worst)]
+
+
+def comma_separated(grid: Grid, results: Results) -> str:
+    """The table as CSV, a number a line, all in percent."""
+    records = entries(grid, results)
+    file = io.StringIO()
+    writer = csv.DictWriter(file, fieldnames=list(records[0]) if records else ["dataset"], lineterminator="\n")
+    writer.writeheader()
+    for record in records:
+        shown = {k: f"{v:.2f}" if isinstance(v, float) else v for k, v in record.items()}
+        writer.writerow(shown | {"error": record["error"].splitlines()[0] if record["error"] else ""})
+    return file.getvalue()
+
+
+def markdown(grid: Grid, results: Results) -> str:
+    """The table as Markdown: for each radius ours, with the paper's and the difference where it has one."""
+    records = entries(grid, results)
+    names = [CLEAN, *(a for a in ATTACKS if any(record["column"] == a for record in records)), STRONGEST, WORST_CASE]
+    lines = []
+    for eps in grid.eps:
+        lines += [f"## Attacks within {eps} levels", "", _header(names), "|---|---|" + "---|" * len(names)]
+        for row in grid.rows:
+            of_row = {r["column"]: r for r in records if r["eps"] == eps and _is_of(row, r)}
+            title = f"{row.network}, {row.training}, {row.defence}"
+            lines.append(f"| {title} | {row.threat} | " + " | ".join(_shown(of_row.get(name)) for name in names) + " |")
+        lines.append("")
+    return "\n".join(lines + _notes(grid, results)) + "\n"
+
+
+def _header(names: list[str]) -> str:
+    return "| classifier, training, defence | attacked | " + " | ".join(TITLES.get(name, name) for name in names) + " |"
+
+
+def _is_of(row: Row, record: Mapping[str, Any]) -> bool:
+    return all(record[name] == getattr(row, name) for name in ("network", "training", "defence", "threat"))
+
+
+def _shown(record: Mapping[str, Any] | None) -> str:
+    if record is None:
+        return ""
+    if record["ours"] is None:
+        return "failed"
+    ours = f"**{record['ours']:.1f}**"
+    return ours if record["paper"] is None else f"{ours} ({record['paper']:.0f}, {record['difference']:+.1f})"
+
+
+def _notes(grid: Grid, results: Results) -> list[str]:
+    """What one has to know to read the numbers."""
+    done = [result for result in results.values() if "count" in result]
+    width = max((np.ptp(result["interval_percent"]) / 2 for result in done), default=0.0)
+    notes = [
+        "Accuracy in percent: **ours** (the paper's, ours minus the paper's).",
+        f"95% intervals (Wilson) are at most {width:.1f} points to either side; each is in the CSV file.",
+        "*bare*: the attacks see the classifier only. *through*: they see classifier and defence, with the identity as "
+        "the gradient of what has none (BPDA). The paper attacks feature squeezing through and PixelDefend bare.",
+        "*strongest* is the least of the row, as in the paper; *worst case* counts images that are right under all "
+        "attacks.",
+    ]
+    counts: dict[int, list[str]] = {}
+    for cell, result in results.items():
+        if "count" in result:
+            counts.setdefault(result["count"], []).append(cell.row.name)
+    for count, rows in sorted(counts.items(), reverse=True):
+        which = "all rows" if len(counts) == 1 else ", ".join(dict.fromkeys(rows))
+        notes.append(f"The first {count} test images: {which}.")
+    for name, entry in ATTACKS.items():
+        if entry.note and any(cell.attack == name for cell in results):
+            notes.append(f"{TITLES[name]}: {entry.note}.")
+    short = [row.name for row in grid.rows if set(grid.attacks_of(row)) < set(grid.attacks)]
+    if short:
+        notes.append(f"Fewer attacks, so *strongest* and *worst case* are over fewer: {', '.join(short)}.")
+    failed = [f"{cell.name}: {r['error'].splitlines()[0]}" for cell, r in results.items() if r.get("error")]
+    return [f"- {note}" for note in notes + [f"failed: {line}" for line in failed]]

@@ -1,0 +1,105 @@
+"""Feature squeezing, PixelDefend, and both, in front of your classifier under an attack of yours.
+
+    python benchmarks/vs_feature_squeezing.py CLASSIFIER DATA --attack fgsm --eps 8 --pixel-cnn fashion-mnist
+
+CLASSIFIER is a TorchScript file (``torch.jit.save``), a classifier of this package, or ``module:function`` for a
+function that returns a ``torch.nn.Module``; it takes images in [0, 1] and gives logits. DATA is a name or path as
+``art-pixeldefend train`` takes it. The attack is one of this package's names or the import path of an ART attack, which
+sees the classifier alone; its images are rounded to 8 bits and clipped to the ball.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from art.attacks.attack import EvasionAttack
+from art.estimators.classification import PyTorchClassifier
+from torch import nn
+
+from art_pixeldefend import classifiers, datasets
+from art_pixeldefend.attacks import ATTACKS, Clipped, make_attack
+from art_pixeldefend.defences import PixelDefend
+from art_pixeldefend.evaluation.grid import defences
+from art_pixeldefend.evaluation.preprocessors import InTurn, preprocessor
+from art_pixeldefend.evaluation.table import wilson
+
+UNIT = (0.0, 1.0)
+
+
+def main(
+    classifier: Annotated[str, typer.Argument(help="TorchScript file, our .safetensors, or module:function")],
+    data: Annotated[str, typer.Argument(help="digits, fashion-mnist, cifar-10, or an .npz with test labels")],
+    pixel_cnn: Annotated[str, typer.Option(help="density model: a bundled name or a path")],
+    attack: Annotated[str, typer.Option(help=f"{', '.join(ATTACKS)}, or an import path")] = "fgsm",
+    arguments: Annotated[str, typer.Option(help="the attack's arguments, as JSON")] = "{}",
+    eps: Annotated[int, typer.Option(help="radius of the attack, in levels")] = 8,
+    eps_defend: Annotated[int, typer.Option(help="radius of the purification, in levels")] = 32,
+    bits: Annotated[int, typer.Option(help="bits that squeezing leaves")] = 3,
+    limit: Annotated[int, typer.Option(help="test images, from the first on")] = 100,
+    data_dir: Annotated[Path | None, typer.Option(envvar="ART_PIXELDEFEND_DATA")] = None,
+) -> None:
+    """Print accuracy and time per image for each."""
+    images = datasets.load(data, data_dir)
+    x, y = images.x_test[:limit].astype(np.float32) / 255, images.y_test[:limit]
+    estimator = PyTorchClassifier(
+        load(classifier).eval(), nn.CrossEntropyLoss(), images.image_shape, len(images.classes), clip_values=UNIT
+    )
+    attacked = attack_of(attack, estimator, eps, json.loads(arguments)).generate(x)
+    squeezing = preprocessor(defences(eps_defend, bits)["feature-squeezing"], clip_values=UNIT)
+    purifier = PixelDefend(clip_values=UNIT, eps=eps_defend, pixel_cnn=pixel_cnn)
+    print(f"| defence | clean | {attack}, eps {eps} | 95% interval | ms per image |\n|---|---|---|---|---|")
+    for name, steps in {
+        "none": [], "feature squeezing": [squeezing], "PixelDefend": [purifier],
+        "PixelDefend, then squeezing": [purifier, squeezing],
+    }.items():  # fmt: skip
+        print(line(name, InTurn(steps), estimator, x, attacked, y), flush=True)
+
+
+def line(
+    name: str, defence: InTurn, estimator: PyTorchClassifier, x: np.ndarray, attacked: np.ndarray, y: np.ndarray
+) -> str:
+    """One row of the table."""
+    began = time.perf_counter()
+    clean, defended = defence(x)[0], defence(attacked)[0]
+    seconds = (time.perf_counter() - began) / (2 * len(x))
+    right = [int((estimator.predict(images).argmax(axis=1) == y).sum()) for images in (clean, defended)]
+    low, high = wilson(right[1], len(y))
+    accuracies = " | ".join(f"{100 * r / len(y):.1f}" for r in right)
+    return f"| {name} | {accuracies} | {100 * low:.1f} to {100 * high:.1f} | {1000 * seconds:.1f} |"
+
+
+def load(source: str) -> nn.Module:
+    """The classifier; nothing is unpickled.
+
+    Raises:
+        ValueError: if it is none of the three kinds.
+    """
+    if source.endswith(".safetensors"):
+        return classifiers.load(source)[0]
+    if Path(source).is_file():
+        return torch.jit.load(source, map_location="cpu")
+    module, _, function = source.partition(":")
+    if not function:
+        raise ValueError(
+            f"classifier must be a TorchScript file, a .safetensors file or module:function, got {source!r}"
+        )
+    return getattr(importlib.import_module(module), function)()
+
+
+def attack_of(name: str, estimator: PyTorchClassifier, eps: int, arguments: dict[str, Any]) -> EvasionAttack:
+    """One of ours, or any of ART's with the arguments given."""
+    if name in ATTACKS:
+        return make_attack(name, estimator, eps, **arguments)
+    module, _, kind = name.rpartition(".")
+    return Clipped(getattr(importlib.import_module(module), kind)(estimator, **arguments), eps=eps)
+
+
+if __name__ == "__main__":
+    typer.run(main)

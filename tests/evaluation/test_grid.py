@@ -1,0 +1,306 @@
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from art_pixeldefend import datasets
+from art_pixeldefend.evaluation import drawing, runner, store, table
+from art_pixeldefend.evaluation.grid import CLEAN, GRIDS, PAPER_ROWS, Cell, Grid, Row, defences, paper_accuracy  # noqa: F401
+from art_pixeldefend.evaluation.preprocessors import InTurn, preprocessor
+from art_pixeldefend.evaluation.stages import Stages
+from art_pixeldefend.evaluation.store import Store, digest
+
+# Squeezing stands for every defence: it costs nothing. Four chunks, so that two processes have two each.
+SOURCE = """Grid(
+    "digits",
+    (Row("vgg"), Row("vgg", "normal", "feature-squeezing", "through"), Row("vgg", "normal", "feature-squeezing")),
+    eps=(16, 40), attacks=("rand", "fgsm"), defences=defences(56, 3), pixel_cnn="digits", recipe="digits", steps=30,
+    sizes={"vgg": {"width": 2}}, images=32, validation=8, chunk=8,
+)"""
+TINY: Grid = eval(SOURCE)
+SCRIPT = f"""
+import sys
+import torch
+from art_pixeldefend.evaluation.grid import Grid, Row, defences
+from art_pixeldefend.evaluation.runner import run
+torch.set_num_threads(1)
+run({SOURCE}, sys.argv[1], verbose=False)
+"""
+
+
+def run(out, grid=TINY, **options):
+    return runner.run(grid, out, verbose=False, **options)
+
+
+def results(folder):
+    """Every result by file name, without what differs from run to run."""
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    kept = {}
+    for name, path in files.items():
+        if path.suffix == ".json":
+            content = json.loads(path.read_text())
+            kept[name] = {key: value for key, value in content.items() if key not in ("seconds", "hardware")}
+        else:
+            kept[name] = path.read_bytes()
+    return kept
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("grid")
+    run(out)
+    return out
+
+
+def cells(folder):
+    return [json.loads(path.read_text()) for path in (folder / "cells").iterdir()]
+
+
+def test_every_cell_has_settings_versions_counts_and_an_interval(finished):
+    found = cells(finished)
+    assert len(found) == len(list(TINY.cells())) == 15
+    for cell in found:
+        assert cell["count"] == 32 == len(cell["right"]) and cell["right"].count("1") == cell["correct"]
+        low, high = cell["interval_percent"]
+        assert low <= cell["accuracy_percent"] <= high
+        assert {"settings", "versions", "hardware", "seconds", "paper_percent"} <= set(cell)
+
+
+def test_a_second_run_computes_nothing(finished, monkeypatch):
+    def forbidden(*args, **kwargs):
+        raise AssertionError("computed again")
+
+    before = {path: path.stat().st_mtime_ns for path in (finished / "cells").iterdir()}
+    monkeypatch.setattr("art_pixeldefend.evaluation.stages.Stages.right", forbidden)
+    monkeypatch.setattr("art_pixeldefend.classifiers.train", forbidden)
+    run(finished)
+    assert before == {path: path.stat().st_mtime_ns for path in (finished / "cells").iterdir()}
+
+
+def test_bare_rows_share_attacked_images(finished):
+    # Noise: one for each radius; FGSM: one for each radius bare, one through; each of four chunks.
+    assert len(list((finished / "attacked").iterdir())) == 4 * (2 + 2 * 2)
+
+
+def test_images_of_attacks_with_a_radius_are_kept_as_bytes(finished):
+    for path in (finished / "attacked").iterdir():
+        assert np.load(path, allow_pickle=False).dtype == np.uint8
+
+
+def script(folder):
+    """A file that runs TINY in another process, and the environment it needs."""
+    file = folder / "script.py"
+    file.write_text(SCRIPT)
+    return str(file), os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+
+
+def test_a_run_interrupted_ten_times_ends_in_the_same_results(finished, tmp_path, monkeypatch):
+    rng, write = random.Random(0), store.write_atomically
+    for _ in range(10):
+        left = rng.randint(1, 6)
+
+        def interrupted(*args):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            write(*args)
+
+        monkeypatch.setattr(store, "write_atomically", interrupted)
+        with contextlib.suppress(KeyboardInterrupt):
+            run(tmp_path)
+    monkeypatch.undo()
+    run(tmp_path)
+    assert results(tmp_path) == results(finished)
+
+
+def test_a_killed_run_goes_on_to_the_same_results(finished, tmp_path):
+    file, environment = script(tmp_path)
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, file, str(out)], env=environment)
+    while process.poll() is None and len(list(out.rglob("*.npy"))) < 5:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    run(out)
+    assert {name: kept for name, kept in results(out).items() if not name.endswith(".partial")} == results(finished)
+
+
+def test_two_processes_give_the_table_of_one(finished, tmp_path):
+    file, environment = script(tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", file]
+    subprocess.run([*command, str(tmp_path / "out")], env=environment, check=True, capture_output=True)
+    for name in ("table.md", "table.csv"):
+        assert (tmp_path / "out" / name).read_text() == (finished / name).read_text()
+
+
+def test_a_cell_that_fails_is_recorded_and_stops_no_other(tmp_path):
+    broken = {**TINY.defences, "broken": (("art.defences.preprocessor.NoSuchThing", {}),)}
+    grid = replace(TINY, defences=broken, rows=(Row("vgg", "normal", "broken"), Row("vgg")), images=8, eps=(16,))
+    text = run(tmp_path, grid)
+    failed = [cell for cell in cells(tmp_path) if "error" in cell]
+    assert len(failed) == 3 and all("NoSuchThing" in cell["error"] for cell in failed)
+    assert sum("accuracy_percent" in cell for cell in cells(tmp_path)) == 3
+    assert "| failed | failed | failed |" in text and "NoSuchThing" in text
+
+
+def test_training_that_fails_is_tried_once(tmp_path, monkeypatch):
+    calls = []
+
+    def diverge(*args, **kwargs):
+        calls.append(args)
+        raise FloatingPointError("diverged")
+
+    monkeypatch.setattr("art_pixeldefend.classifiers.train", diverge)
+    assert "diverged" in run(tmp_path, replace(TINY, images=8))
+    assert len(calls) == 1
+
+
+def test_the_strongest_attack_is_the_least_of_the_row_without_clean():
+    grid = replace(TINY, rows=(Row("vgg"),), eps=(16,))
+    accuracies = {CLEAN: "0001", "rand": "1110", "fgsm": "0111"}
+    made = {cell: runner._counts(np.array([c == "1" for c in accuracies[cell.attack]])) for cell in grid.cells()}
+    records = {record["column"]: record for record in table.entries(grid, made)}
+    assert records["strongest"]["ours"] == 75 and records["worst case"]["ours"] == 50
+    assert records[CLEAN]["ours"] == 25
+
+
+def test_no_strongest_attack_is_shown_where_one_failed():
+    grid = replace(TINY, rows=(Row("vgg"),), eps=(16,))
+    made = {
+        cell: {"error": "x"} if cell.attack == "fgsm" else runner._counts(np.ones(4, bool)) for cell in grid.cells()
+    }
+    assert {record["column"] for record in table.entries(grid, made)} == {CLEAN, "rand", "fgsm"}
+
+
+@pytest.mark.parametrize(
+    ("correct", "count", "low", "high"), [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (83, 100, 0.7445, 0.8911)]
+)
+def test_wilsons_interval_has_its_known_values(correct, count, low, high):
+    assert table.wilson(correct, count) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_the_papers_numbers_stand_beside_the_threat_they_were_measured_under():
+    pixeldefend, squeezing = Row(defence="pixeldefend"), Row(defence="feature-squeezing")
+    assert paper_accuracy("fashion-mnist", pixeldefend, "strongest", 25) == 74
+    assert paper_accuracy("fashion-mnist", replace(pixeldefend, threat="through"), "strongest", 25) is None
+    assert paper_accuracy("fashion-mnist", squeezing, "bim", 8) is None
+    assert paper_accuracy("fashion-mnist", replace(squeezing, threat="through"), "bim", 8) == 56
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist", "cifar-10"])
+def test_every_number_of_the_papers_tables_has_its_cell(name):
+    grid = GRIDS[name]
+    for row in PAPER_ROWS:
+        for attack in (CLEAN, *grid.attacks, "strongest"):
+            for eps in grid.eps:
+                assert paper_accuracy(name, row, attack, eps) is not None
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_every_defence_is_run_under_both_threats(name):
+    rows = GRIDS[name].rows
+    for row in rows:
+        if row.defence != "none":
+            threats = {
+                r.threat for r in rows if (r.network, r.training, r.defence) == (row.network, row.training, row.defence)
+            }
+            assert threats == {"bare", "through"}
+
+
+def test_a_grid_is_cut_down_by_rows_attacks_and_images():
+    grid = GRIDS["fashion-mnist"].only(rows="pixeldefend/through, vgg", attacks=("cw", "fgsm"), limit=7)
+    assert all("pixeldefend/through" in row.name or "vgg" in row.name for row in grid.rows)
+    through = next(row for row in grid.rows if row.threat == "through")
+    assert grid.attacks_of(through) == ("fgsm",)  # this row never runs CW
+    assert grid.images_of(through) == 7
+
+
+@pytest.mark.parametrize("options", [{"rows": "nothing"}, {"attacks": ("nothing",)}, {"limit": 0}])
+def test_what_is_not_in_a_grid_is_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        TINY.only(**options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"eps": (256,)}, "eps"), ({"attacks": ("no",)}, "attacks"), ({"rows": (Row("no"),)}, "network"),
+        ({"rows": (Row(training="no"),)}, "training"), ({"rows": (Row(defence="no"),)}, "defence"),
+        ({"rows": (Row(threat="no"),)}, "threat"), ({"chunk": 0}, "chunk"), ({"recipe": "no"}, "recipe"),
+    ],
+)  # fmt: skip
+def test_a_grid_that_means_nothing_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(TINY, **change)
+
+
+def test_a_dry_run_says_what_is_missing_and_computes_nothing(finished, tmp_path):
+    text = run(tmp_path, dry_run=True)
+    assert text.count("to do:") == 15 and "minutes" in text and not list(tmp_path.iterdir())
+    assert run(finished, dry_run=True).count("done:") == 15
+
+
+def test_squeezing_is_done_in_turn_and_keeps_the_dtype():
+    x = np.random.default_rng(0).random((3, 1, 8, 8), dtype=np.float32)
+    squeeze = preprocessor(TINY.defences["feature-squeezing"], clip_values=(0.0, 1.0))
+    assert isinstance(squeeze, InTurn)
+    squeezed = squeeze(x)[0]
+    first, second = squeeze.steps
+    assert squeezed.dtype == np.float32 and np.array_equal(squeezed, second(first(x)[0])[0].astype(np.float32))
+    assert len(np.unique(squeezed)) <= 8
+    assert np.array_equal(squeeze.estimate_gradient(x, x), x)  # neither is differentiable: the identity
+
+
+def test_the_key_of_settings_does_not_depend_on_their_order():
+    assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1}) != digest({"a": 1, "b": [3]})
+
+
+def test_stored_images_come_back_as_they_were(tmp_path):
+    kept, rng = Store(tmp_path), np.random.default_rng(0)
+    on_grid = (rng.integers(0, 256, (2, 1, 4, 4)) / 255).astype(np.float32)
+    off_grid = rng.random((2, 1, 4, 4), dtype=np.float32)
+    for name, images in (("on", on_grid), ("off", off_grid)):
+        first = kept.images("x", {"name": name}, lambda images=images: images)
+        again = kept.images("x", {"name": name}, lambda: 1 / 0)
+        assert np.array_equal(first, images) and np.array_equal(again, images)
+
+
+def test_adaptive_thresholds_are_calibrated_once(tmp_path):
+    row = Row("vgg", "normal", "adaptive-pixeldefend")
+    grid = replace(TINY, rows=(row,), eps=(40,), images=4, validation=6, chunk=4)
+    run(tmp_path, grid)
+    (path,) = (tmp_path / "thresholds").iterdir()
+    threshold = json.loads(path.read_text())["threshold"]
+    used = {cell["settings"]["defence"]["steps"][0][1]["threshold"] for cell in cells(tmp_path)}
+    assert used == {threshold} and threshold >= 0
+
+
+def test_cells_name_themselves():
+    assert Cell(Row(), "bim", 8).name == "resnet/normal/none/bare bim 8"
+    assert Cell(Row(), CLEAN, 0).name == "resnet/normal/none/bare clean"
+
+
+def test_a_finished_grid_is_drawn(tmp_path):
+    row = Row("vgg", "normal", "pixeldefend")
+    grid = replace(TINY, rows=(row,), eps=(40,), attacks=("fgsm",), images=4, chunk=4)
+    stages = Stages(grid, datasets.load("digits"), Store(tmp_path))
+    files = {path.name for path in drawing.draw(stages, tmp_path / "figures", shown=3, reference=20)}
+    kinds = ("strips", "likelihoods", "p-values", "roc")
+    assert files == {f"{kind}-40.{ending}" for kind in kinds for ending in ("png", "pdf")} | {"detection.json"}
+    numbers = json.loads((tmp_path / "figures" / "detection.json").read_text())["eps"]["40"]
+    assert set(numbers["auroc"]) == {"FGSM"} and 0 <= numbers["auroc"]["FGSM"] <= 1
+    assert set(numbers["bits_per_dim"]) == {CLEAN, "FGSM"}
+
+
+def test_a_grid_without_a_bare_pixeldefend_row_is_not_drawn(tmp_path):
+    stages = Stages(TINY, datasets.load("digits"), Store(tmp_path))
+    assert drawing.draw(stages, tmp_path) == []
