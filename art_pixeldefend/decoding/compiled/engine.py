@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from art_pixeldefend.decoding.compiled import kernels, program
+from art_pixeldefend.decoding.compiled import program
+from art_pixeldefend.decoding.compiled.kernels import KERNELS
 from art_pixeldefend.decoding.compiled.plan import FLOAT, Plan
 from art_pixeldefend.density import PixelCNNpp
 
-KERNELS = (kernels.product, kernels.activate, kernels.place, kernels.gate, kernels.edges)
 LOCKSTEP = 4  # images that walk together at most: they share each weight that is read
 
 
@@ -60,23 +60,20 @@ def decode(pixel_cnn: PixelCNNpp, x: Tensor, eps: int) -> Tensor:
 
 
 def _walk(plan: Plan, x: np.ndarray, eps: int, purified: np.ndarray) -> None:
-    model = plan.model[0]
-    caches = np.zeros(len(x) * model["stride"] // FLOAT, dtype=np.float32)
+    caches = np.zeros(len(x) * plan.model[0]["stride"] // FLOAT, dtype=np.float32)
     _set_ones(plan, caches.reshape(len(x), -1))
-    walk = program.Walk(
-        caches.ctypes.data,
-        int(model["stride"]),
-        len(x),
-        plan.weights.ctypes.data,
-        int(model["scratch"]),
-        plan.filters,
-        int(model["narrow"]),
-        int(model["wide"]),
-        FLOAT * plan.filters,
-        2 * FLOAT * plan.filters,
-        *(kernel.address for kernel in KERNELS),
-    )
+    walk = make_walk(plan, caches, len(x))
     program.decode(walk, plan.model, plan.levels, plan.layers, plan.nodes, x, eps, purified)
+
+
+def make_walk(plan: Plan, caches: np.ndarray, images: int) -> program.Walk:
+    """What the walk needs to know of the plan, and of the caches of so many images."""
+    model = plan.model[0]
+    plain = FLOAT * plan.filters
+    sizes = (int(model[name]) for name in ("scratch", "filters", "narrow", "wide"))
+    addresses = (kernel.address for kernel in KERNELS)
+    where = (caches.ctypes.data, int(model["stride"]), images, plan.weights.ctypes.data)
+    return program.Walk(*where, *sizes, plain, 2 * plain, *addresses)
 
 
 def _set_ones(plan: Plan, caches: np.ndarray) -> None:

@@ -10,61 +10,73 @@ from numba import njit
 from art_pixeldefend.decoding.compiled.vectors import BLOCK, call
 from art_pixeldefend.density.mixture import HALF, LEVELS, MAX_LOG_SCALE, MEAN_LIMIT, MIN_LOG_SCALE
 
-EDGES = -(-(LEVELS + 1) // BLOCK) * BLOCK
-compiled = njit(error_model="numpy", nogil=True, no_cpython_wrapper=True)
+WINDOW = -(-LEVELS // BLOCK) * BLOCK  # room for the masses of a window of levels
 SMALLEST = 1e-200  # a best level less likely than that is looked for again in logarithms
+# Columns of the table of components: mean and 1 / scale in levels, weight, 2 weight sinh(h), 2 cosh(h) with
+# h = 1 / (2 scale).
+MEAN, INVERSE_SCALE, WEIGHT, FACTOR, SPREAD = range(5)
+
+compiled = njit(error_model="numpy", nogil=True, no_cpython_wrapper=True)
 
 
 @compiled
-def components(params, pixel, channel, channels, mixtures, weights, means, inverse_scales):
+def components(params, pixel, channel, channels, mixtures, table):
     """The mixture of one channel given the pixel's earlier channels: ``density.mixture.components``."""
     highest = params[0]
     for k in range(mixtures):
         highest = max(highest, params[k])
     total = 0.0
     for k in range(mixtures):
-        weights[k] = math.exp(np.float64(params[k]) - highest)
-        total += weights[k]
+        table[k, WEIGHT] = math.exp(np.float64(params[k]) - highest)
+        total += table[k, WEIGHT]
     first = 1 + 2 * channels + channel * (channel - 1) // 2
     for k in range(mixtures):
-        weights[k] /= total
         mean = np.float64(params[(1 + channel) * mixtures + k]) * HALF + HALF
         for earlier in range(channel):
             coefficient = math.tanh(np.float64(params[(first + earlier) * mixtures + k]))
             mean += coefficient * (pixel[earlier] - HALF)
         log_scale = np.float64(params[(1 + channels + channel) * mixtures + k])
-        means[k] = min(max(mean, -MEAN_LIMIT), MEAN_LIMIT)
-        inverse_scales[k] = math.exp(-min(max(log_scale, MIN_LOG_SCALE), MAX_LOG_SCALE)) / HALF
+        inverse_scale = math.exp(-min(max(log_scale, MIN_LOG_SCALE), MAX_LOG_SCALE)) / HALF
+        more = math.expm1(inverse_scale / 2)
+        less = more / (1 + more)  # 1 - exp(-h), where h may be tiny
+        table[k, MEAN] = min(max(mean, -MEAN_LIMIT), MEAN_LIMIT)
+        table[k, INVERSE_SCALE] = inverse_scale
+        table[k, WEIGHT] /= total
+        table[k, FACTOR] = table[k, WEIGHT] * (more + less)
+        table[k, SPREAD] = 2 + more - less
 
 
 @compiled
-def best_level(edges, weights, means, inverse_scales, mixtures, low, high, mass, below, above):
+def best_level(masses, table, mixtures, low, high, mass):
     """The level of the largest mass in low..high, the lowest of several.
 
-    P(z) = sum_k w_k sigmoid(b) sigmoid(-a) (1 - exp(a - b)); nothing cancels, and neighbours share the logistic
-    functions of the edge between them.
+    P(z) = sum_k w_k [sigmoid(c + h) - sigmoid(c - h)] = sum_k w_k 2 sinh(h) / (2 cosh(h) + 2 cosh(c)),
+    c = (z - m_k) / s_k, h = 1 / (2 s_k): one exponential, and nothing cancels.
     """
     count = high - low + 1
-    for z in range(count):
-        mass[z] = 0.0
-    for k in range(mixtures):
-        call(edges, (below.ctypes.data, above.ctypes.data, low - 0.5, means[k], inverse_scales[k], count + 1))
-        inside = -math.expm1(-inverse_scales[k])
-        # Levels 0 and 255 reach to infinity: no outer edge, and none of the factor that belongs to two edges.
-        if low == 0:
-            above[0] = 1.0 / inside
-        if high == LEVELS - 1:
-            below[count] = 1.0 / inside
-        factor = weights[k] * inside
-        for z in range(count):
-            mass[z] += factor * below[z + 1] * above[z]
+    call(masses, (mass.ctypes.data, table.ctypes.data, mixtures, low, count))
+    # Levels 0 and 255 reach to infinity.
+    if low == 0:
+        mass[0] = end_mass(table, mixtures, 0.5, 1.0)
+    if high == LEVELS - 1:
+        mass[count - 1] = end_mass(table, mixtures, LEVELS - 1.5, -1.0)
     best = 0
     for z in range(1, count):
         if mass[z] > mass[best]:
             best = z
     if mass[best] < SMALLEST:
-        return best_level_in_logarithms(weights, means, inverse_scales, mixtures, low, high)
+        return best_level_in_logarithms(table, mixtures, low, high)
     return low + best
+
+
+@compiled
+def end_mass(table, mixtures, edge, sign):
+    """Mass below (sign 1) or above (sign -1) an edge."""
+    total = 0.0
+    for k in range(mixtures):
+        t = sign * (edge - table[k, MEAN]) * table[k, INVERSE_SCALE]
+        total += table[k, WEIGHT] * math.exp(log_sigmoid(t))
+    return total
 
 
 @compiled
@@ -74,19 +86,20 @@ def log_sigmoid(t):
 
 
 @compiled
-def best_level_in_logarithms(weights, means, inverse_scales, mixtures, low, high):
+def best_level_in_logarithms(table, mixtures, low, high):
     """Like :func:`best_level` where every mass underflows: far out in the tails of all components."""
     best, most = low, -np.inf
     for z in range(low, high + 1):
         largest, total = -np.inf, 0.0
         for k in range(mixtures):
-            log_mass = math.log(weights[k])
+            mean, inverse_scale = table[k, MEAN], table[k, INVERSE_SCALE]
+            log_mass = math.log(table[k, WEIGHT])
             if z < LEVELS - 1:
-                log_mass += log_sigmoid((z + 0.5 - means[k]) * inverse_scales[k])
+                log_mass += log_sigmoid((z + 0.5 - mean) * inverse_scale)
             if z > 0:
-                log_mass += log_sigmoid(-(z - 0.5 - means[k]) * inverse_scales[k])
+                log_mass += log_sigmoid(-(z - 0.5 - mean) * inverse_scale)
             if 0 < z < LEVELS - 1:
-                log_mass += math.log(-math.expm1(-inverse_scales[k]))
+                log_mass += math.log(-math.expm1(-inverse_scale))
             if log_mass > largest:
                 total = total * math.exp(largest - log_mass) + 1.0
                 largest = log_mass

@@ -1,9 +1,17 @@
 """The inner loops as functions with an address.
 
 The walk calls them through that: compiled into each of its steps, they would be compiled dozens of times over.
+
+Numba keeps what it has compiled on disk, and looks only at the file of the function itself to see whether that is out
+of date. So each function that is kept has a number in its closure that changes with every file here: that Numba sees.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+from zlib import crc32
 
 from numba import cfunc, types
 
@@ -13,54 +21,73 @@ from art_pixeldefend.decoding.compiled.vectors import LANES, ROWS
 WIDEST = len(ROWS)  # vectors to a block of sums
 VECTOR = 4 * LANES  # bytes
 
-_int, _float = types.int64, types.float64
+_int = types.int64
+
+SOURCES = crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
 
 
-@cfunc(types.void(*[_int] * 10), cache=True)
-def product(start, start_step, x, x_step, matrix, out, out_step, rows, depth, columns):
-    """out = start + x @ matrix, in blocks of sums that fit the registers; ``columns`` are counted in vectors."""
-    while columns > 0:
-        width = -(-columns // -(-columns // WIDEST))
-        blocks = -(-rows // ROWS[width - 1])
-        for block in range(blocks):
-            first, last = rows * block // blocks, rows * (block + 1) // blocks
-            vectors.block_of_sums(
-                last - first,
-                width,
-                start + first * start_step,
-                start_step,
-                x + first * x_step,
-                x_step,
-                matrix,
-                out + first * out_step,
-                out_step,
-                depth,
-            )
-        start += width * VECTOR
-        out += width * VECTOR
-        matrix += width * VECTOR * depth
-        columns -= width
+class Kernels(NamedTuple):
+    """The kernels, compiled."""
+
+    product: Callable
+    activate: Callable
+    place: Callable
+    gate: Callable
+    masses: Callable
 
 
-@cfunc(types.void(*[_int] * 6), cache=True)
-def activate(x, x_step, out, out_step, count, filters):
-    """out[r] = concat_elu(x[r])."""
-    vectors.activate(x, x_step, out, out_step, count, filters)
+def _compile(sources: int) -> Kernels:
+    @cfunc(types.void(*[_int] * 10), cache=True)
+    def product(start, start_step, x, x_step, matrix, out, out_step, rows, depth, columns):
+        """out = start + x @ matrix, in blocks of sums that fit the registers; ``columns`` are counted in vectors."""
+        _ = sources
+        while columns > 0:
+            width = -(-columns // -(-columns // WIDEST))
+            blocks = -(-rows // ROWS[width - 1])
+            for block in range(blocks):
+                first, last = rows * block // blocks, rows * (block + 1) // blocks
+                vectors.block_of_sums(
+                    last - first,
+                    width,
+                    start + first * start_step,
+                    start_step,
+                    x + first * x_step,
+                    x_step,
+                    matrix,
+                    out + first * out_step,
+                    out_step,
+                    depth,
+                )
+            start += width * VECTOR
+            out += width * VECTOR
+            matrix += width * VECTOR * depth
+            columns -= width
+
+    @cfunc(types.void(*[_int] * 6), cache=True)
+    def activate(x, x_step, out, out_step, count, filters):
+        """out[r] = concat_elu(x[r])."""
+        _ = sources
+        vectors.activate(x, x_step, out, out_step, count, filters)
+
+    @cfunc(types.void(*[_int] * 8), cache=True)
+    def place(x, x_step, plain, plain_step, out, out_step, count, filters):
+        """plain[r] = x[r], out[r] = concat_elu(x[r])."""
+        _ = sources
+        vectors.place(x, x_step, plain, plain_step, out, out_step, count, filters)
+
+    @cfunc(types.void(*[_int] * 10), cache=True)
+    def gate(ab, ab_step, x, x_step, plain, plain_step, out, out_step, count, filters):
+        """plain[r] = x[r] + a[r] sigmoid(b[r]), out[r] = concat_elu(plain[r])."""
+        _ = sources
+        vectors.gate(ab, ab_step, x, x_step, plain, plain_step, out, out_step, count, filters)
+
+    @cfunc(types.void(*[_int] * 5), cache=True)
+    def masses(mass, table, components, low, count):
+        """Probabilities of ``count`` levels from ``low`` on, the ends of 0..255 excepted: ``head.best_level``."""
+        _ = sources
+        vectors.masses(mass, table, components, low, count)
+
+    return Kernels(product, activate, place, gate, masses)
 
 
-@cfunc(types.void(*[_int] * 8), cache=True)
-def place(x, x_step, plain, plain_step, out, out_step, count, filters):
-    """plain[r] = x[r], out[r] = concat_elu(x[r])."""
-    vectors.place(x, x_step, plain, plain_step, out, out_step, count, filters)
-
-
-@cfunc(types.void(*[_int] * 10), cache=True)
-def gate(ab, ab_step, x, x_step, plain, plain_step, out, out_step, count, filters):
-    """plain[r] = x[r] + a[r] sigmoid(b[r]), out[r] = concat_elu(plain[r])."""
-    vectors.gate(ab, ab_step, x, x_step, plain, plain_step, out, out_step, count, filters)
-
-
-@cfunc(types.void(_int, _int, _float, _float, _float, _int), cache=True)
-def edges(below, above, first, mean, inverse_scale, count):
-    """below[e] = sigmoid(t), above[e] = sigmoid(-t) with t = (first + e - mean) inverse_scale."""
-    vectors.logistic_edges(below, above, first, mean, inverse_scale, count)
+KERNELS = _compile(SOURCES)

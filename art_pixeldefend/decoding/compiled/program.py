@@ -11,15 +11,16 @@ weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from numba import carray, njit
 
-from art_pixeldefend.decoding.compiled.head import EDGES, best_level, components
-from art_pixeldefend.decoding.compiled.kernels import VECTOR
+from art_pixeldefend.decoding.compiled.head import WINDOW, best_level, components
+from art_pixeldefend.decoding.compiled.kernels import SOURCES, VECTOR
 from art_pixeldefend.decoding.compiled.plan import FLOAT
-from art_pixeldefend.decoding.compiled.vectors import LANES, call, floats_at
+from art_pixeldefend.decoding.compiled.vectors import COLUMNS, LANES, call, floats_at
 from art_pixeldefend.density.mixture import HALF, LEVELS
 from art_pixeldefend.density.network import STAGES
 
@@ -43,7 +44,7 @@ class Walk(NamedTuple):
     activate: int
     place: int
     gate: int
-    edges: int
+    masses: int
 
 
 @compiled
@@ -332,30 +333,36 @@ def parameters_of_pixel(walk, model, levels, layers, nodes, row, column):
     begin_pixel(walk, model.head_bias, x, model.head, model.parameters, walk.filters, model.outputs)
 
 
-@njit(error_model="numpy", nogil=True, cache=True)
-def decode(walk, model, levels, layers, nodes, x, eps, purified):
-    """Purify levels ``x`` (images, C, H, W) into ``purified``; the caches are all zeros but for the channel of ones."""
-    model = model[0]
-    channels, mixtures = model.channels, model.mixtures
-    height, width = levels[0].height, levels[0].width
-    weights, means, inverse_scales = np.empty(mixtures), np.empty(mixtures), np.empty(mixtures)
-    mass, below, above, pixel = np.empty(EDGES), np.empty(EDGES), np.empty(EDGES), np.empty(channels)
-    for row in range(height):
-        begin_row(walk, model, levels, layers, nodes, row)
-        for column in range(width):
-            parameters_of_pixel(walk, model, levels, layers, nodes, row, column)
-            for image in range(walk.images):
-                cache = walk.caches + image * walk.stride
-                params = carray(floats_at(cache + model.parameters), model.outputs * LANES)
-                position = ((row + 2) * (width + 2) + column + 1) * (channels + 1)
-                values = carray(floats_at(cache + model.image), (height + 2) * (width + 2) * (channels + 1))
-                for k in range(channels):
-                    value = np.int64(x[image, k, row, column])
-                    low, high = max(value - eps, 0), min(value + eps, LEVELS - 1)
-                    components(params, pixel, k, channels, mixtures, weights, means, inverse_scales)
-                    level = best_level(
-                        walk.edges, weights, means, inverse_scales, mixtures, low, high, mass, below, above
-                    )
-                    pixel[k] = level
-                    purified[image, k, row, column] = level
-                    values[position + k] = (level - HALF) / HALF
+def _compile(sources: int) -> Callable:
+    """The whole walk; ``sources`` as in the kernels."""
+
+    @njit(error_model="numpy", nogil=True, cache=True)
+    def decode(walk, model, levels, layers, nodes, x, eps, purified):
+        """Purify levels ``x`` (images, C, H, W) into ``purified``; caches are all zeros but for the channel of ones."""
+        _ = sources
+        model = model[0]
+        channels, mixtures = model.channels, model.mixtures
+        height, width = levels[0].height, levels[0].width
+        table, mass, pixel = np.empty((mixtures, COLUMNS)), np.empty(WINDOW), np.empty(channels)
+        for row in range(height):
+            begin_row(walk, model, levels, layers, nodes, row)
+            for column in range(width):
+                parameters_of_pixel(walk, model, levels, layers, nodes, row, column)
+                for image in range(walk.images):
+                    cache = walk.caches + image * walk.stride
+                    params = carray(floats_at(cache + model.parameters), model.outputs * LANES)
+                    position = ((row + 2) * (width + 2) + column + 1) * (channels + 1)
+                    values = carray(floats_at(cache + model.image), (height + 2) * (width + 2) * (channels + 1))
+                    for k in range(channels):
+                        value = np.int64(x[image, k, row, column])
+                        low, high = max(value - eps, 0), min(value + eps, LEVELS - 1)
+                        components(params, pixel, k, channels, mixtures, table)
+                        level = best_level(walk.masses, table, mixtures, low, high, mass)
+                        pixel[k] = level
+                        purified[image, k, row, column] = level
+                        values[position + k] = (level - HALF) / HALF
+
+    return decode
+
+
+decode = _compile(SOURCES)

@@ -22,7 +22,8 @@ _WIDE = bool(_FEATURES.get("avx512f"))
 LANES = 16 if _WIDE else 8  # floats to a vector of a matrix product
 # Rows of a block of sums that is 1, 2, .. vectors wide: sums, one row of weights and one input fill the registers.
 ROWS = (14, 13, 8, 6) if _WIDE else (8, 5, 3)
-BLOCK = 8  # floats to a vector of the functions; feature maps come in multiples of that
+BLOCK = 8  # numbers to a vector of the functions; feature maps come in multiples of that
+COLUMNS = 5  # of the table of a mixture's components
 
 INT = ir.IntType(64)
 INT32 = ir.IntType(32)
@@ -67,9 +68,8 @@ class Vector:
     def __neg__(self) -> Vector:
         return self._new(self.builder.fneg(self.value))
 
-    def reciprocal(self) -> Vector:
-        """1 / self, to rounding."""
-        return self._new(self.builder.fdiv(self._constant(1.0), self.value))
+    def __truediv__(self, other: Vector | float) -> Vector:
+        return self._new(self.builder.fdiv(self.value, self._of(other)))
 
     def times_plus(self, factor: Vector | float, addend: Vector | float) -> Vector:
         """self * factor + addend, fused where the machine can."""
@@ -93,7 +93,7 @@ class Vector:
     def exp(self) -> Vector:
         """e to the power of self, for self <= 0, to rounding; smallest normal numbers instead of smaller ones."""
         single = self.type.element == FLOAT
-        mantissa, bias, lowest, terms = (23, 127, -87.0, 8) if single else (52, 1023, -708.0, 14)
+        mantissa, bias, lowest, terms = (23, 127, -87.0, 8) if single else (52, 1023, -708.0, 13)
         integers = ir.VectorType(INT32 if single else INT, self.type.count)
         x = self.at_least(lowest)
         # Adding 1.5 * 2^mantissa rounds to an integer and leaves that integer in the lowest bits.
@@ -250,7 +250,7 @@ def _gate(builder, ab, ab_step, x, x_step, plain, plain_step, out, out_step, cou
         a = Vector.load(builder, first, BLOCK)
         b = Vector.load(builder, _plus(builder, first, builder.mul(filters, ir.Constant(INT, 4))), BLOCK)
         small = b.exp_of_minus_magnitude()
-        sigmoid = b.where_positive(1.0, small) * (small + 1.0).reciprocal()
+        sigmoid = b.where_positive(1.0, small) / (small + 1.0)
         value = a.times_plus(sigmoid, Vector.load(builder, at(x, x_step), BLOCK))
         value.store(at(plain, plain_step))
         _store_activated(value, at(out, out_step), filters)
@@ -262,30 +262,36 @@ def gate(typingctx, ab, ab_step, x, x_step, plain, plain_step, out, out_step, co
     return _kernel(_gate, *[types.int64] * 10)
 
 
-def _logistic_edges(builder, below, above, first, mean, inverse_scale, count) -> None:
+def _masses(builder, mass, table, components, low, count) -> None:
     vector = ir.VectorType(DOUBLE, BLOCK)
-    scale, start = (_spread(builder, value, vector) for value in (inverse_scale, builder.fsub(first, mean)))
     lanes = Vector(builder, ir.Constant(vector, [float(lane) for lane in range(BLOCK)]))
     blocks = builder.sdiv(_plus(builder, count, BLOCK - 1), ir.Constant(INT, BLOCK))
+    total = cgutils.alloca_once(builder, vector)
     with cgutils.for_range(builder, blocks) as block:
         index = builder.mul(block.index, ir.Constant(INT, BLOCK))
-        t = (start + _spread(builder, builder.sitofp(index, DOUBLE), vector) + lanes) * scale
-        small = t.exp_of_minus_magnitude()
-        larger = (small + 1.0).reciprocal()
-        smaller = small * larger
-        offset = builder.mul(index, ir.Constant(INT, 8))
-        t.where_positive(larger, smaller).store(_plus(builder, below, offset))
-        t.where_positive(smaller, larger).store(_plus(builder, above, offset))
+        z = _spread(builder, builder.sitofp(builder.add(low, index), DOUBLE), vector) + lanes
+        builder.store(ir.Constant(vector, [0.0] * BLOCK), total)
+        with cgutils.for_range(builder, components) as k:
+            row = _plus(builder, table, builder.mul(k.index, ir.Constant(INT, 8 * COLUMNS)))
+            pointers = [builder.inttoptr(_plus(builder, row, 8 * i), DOUBLE.as_pointer()) for i in range(COLUMNS)]
+            mean, inverse_scale, _, factor, spread = (
+                _spread(builder, builder.load(pointer), vector) for pointer in pointers
+            )
+            small = ((z - mean) * inverse_scale).exp_of_minus_magnitude()
+            part = factor * small / small.times_plus(small + spread, 1.0)
+            builder.store((Vector(builder, builder.load(total)) + part).value, total)
+        result = Vector(builder, builder.load(total))
+        result.store(_plus(builder, mass, builder.mul(index, ir.Constant(INT, 8))))
 
 
 @intrinsic
-def logistic_edges(typingctx, below, above, first, mean, inverse_scale, count):
-    """below[e] = sigmoid(t), above[e] = sigmoid(-t) with t = (first + e - mean) inverse_scale, in double precision.
+def masses(typingctx, mass, table, components, low, count):
+    """mass[i] = sum over components of factor / (spread + 2 cosh((low + i - mean) inverse_scale)), doubles.
 
-    For at least ``count`` edges: whole vectors of :data:`BLOCK` are written.
+    The ``table`` has a row (mean, inverse_scale, weight, factor, spread) for each component. At least ``count`` masses
+    are computed: whole vectors of :data:`BLOCK`.
     """
-    address, number, count = types.int64, types.float64, types.int64
-    return _kernel(_logistic_edges, address, address, number, number, number, count)
+    return _kernel(_masses, *[types.int64] * 5)
 
 
 @intrinsic
