@@ -115,7 +115,7 @@ def test_saving_and_loading_gives_the_same_model_with_its_provenance(make_model,
 
 def test_bad_checkpoints_are_refused_by_name_and_never_unpickled(make_model, tmp_path):
     path = tmp_path / "model.safetensors"
-    with pytest.raises(FileNotFoundError, match="missing.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"missing.safetensors"):
         PixelCNNpp.load(tmp_path / "missing.safetensors")
     make_model((1, 6, 6)).save(path)
     whole = path.read_bytes()
