@@ -2,8 +2,8 @@
 
     python benchmarks/training_speed.py --filters 24 --resnets 2 --out benchmarks/results/training-24x2.json
 
-A training image is a Fashion-MNIST-sized random one unless ``--image-shape`` says otherwise: speed does not depend on what
-an image shows. ``--losses N`` also trains both ways for N steps on digits and compares the losses.
+A training image is a Fashion-MNIST-sized random one unless ``--image-shape`` says otherwise: speed does not depend on
+what an image shows. ``--losses N`` also trains both ways for N steps on digits and compares the losses.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ def main() -> None:
     result = measure(arguments, device)
     if arguments.losses:
         result |= losses(arguments, device)
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    cuda = device.type == "cuda"
+    hardware = torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine()
     record = {
         "command": " ".join(sys.argv), "date": date.today().isoformat(), "device": hardware,
         "threads": torch.get_num_threads(), "version": __version__, "torch": torch.__version__,
