@@ -34,7 +34,7 @@ GRID = replace(
         Row("resnet", "normal", "feature-squeezing", "through"),
         Row("resnet", "normal", "feature-squeezing", "bare"),
         Row("resnet", "normal", "pixeldefend", "bare"),
-        Row("resnet", "normal", "pixeldefend", "through", CHEAP, images=50),
+        Row("resnet", "normal", "pixeldefend", "through", CHEAP),
     ),
     steps=1800,
     images=200,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -90,63 +89,43 @@ class CarliniWagnerLInf(EvasionAttack):
         return attacked
 
     def _shrink(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Closer and closer attacked images, until none is found closer; everything in [-0.5, 0.5]."""
-        best, tau, const = x.copy(), np.ones(len(x)), np.full(len(x), self.initial_const)
+        """Closer and closer attacked images, until none is found closer; everything in [-0.5, 0.5].
+
+        Every image is at a step of a search of its own; one that has succeeded or failed begins the next at once.
+        """
+        best, search = x.copy(), _Searches(x, self.initial_const)
         active = np.arange(len(x))
         while len(active):
-            problem = _Problem(x[active], y[active], best[active], tau[active], const[active])
-            found, attacked, used = self._escalate(problem)
-            active = active[found]
-            best[active], const[active] = attacked[found], used[found]
-            reached = np.abs(best[active] - x[active]).max(axis=self._features(x))
-            tau[active] = self.decrease_factor * np.minimum(tau[active], reached)
-            active = active[tau[active] > GIVE_UP]
+            images = search.images(active)
+            loss, gradient = self._objective(images, x[active], y[active], search.tau[active], search.const[active])
+            search.step(active, gradient, self.learning_rate)
+            # The authors look at the loss before the step, and at the prediction after it.
+            ready = active[loss < 1e-4 * search.const[active]]
+            if ready.size:
+                images = search.images(ready)
+                fooled = self._predict(images) != y[ready].argmax(axis=1)
+                won = ready[fooled]
+                best[won] = images[fooled]
+                reached = np.abs(best[won] - x[won]).max(axis=self._features(x))
+                search.tau[won] = self.decrease_factor * np.minimum(search.tau[won], reached)
+                search.begin(won, best[won])
+            lost = active[search.steps[active] >= self.max_iter]
+            search.const[lost] *= self.const_factor
+            search.begin(lost, best[lost])
+            active = active[(search.tau[active] > GIVE_UP) & (search.const[active] < self.largest_const)]
         return best
 
-    def _escalate(self, problem: _Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Whether each image was attacked, the images, and the weights that did it: greater where smaller failed."""
-        count = len(problem.x)
-        found, attacked, const = np.zeros(count, bool), problem.start.copy(), problem.const.copy()
-        while (trying := np.flatnonzero(~found & (const < self.largest_const))).size:
-            won, images = self._search(problem.only(trying, const[trying]))
-            found[trying[won]] = True
-            attacked[trying[won]] = images[won]
-            const[trying[~won]] *= self.const_factor
-        return found, attacked, const
-
-    def _search(self, problem: _Problem) -> tuple[np.ndarray, np.ndarray]:
-        """Adam from ``start``: whether each image was attacked within tau, and the images."""
-        w = np.arctanh(problem.start * SMOOTHER)
-        mean, square = np.zeros_like(w), np.zeros_like(w)
-        found, attacked = np.zeros(len(w), bool), problem.start.copy()
-        for step in range(1, self.max_iter + 1):
-            going = np.flatnonzero(~found)
-            if not going.size:
-                break
-            part = problem.only(going, problem.const[going])
-            loss, gradient = self._objective(part, np.tanh(w[going]) / 2)
-            gradient *= (1 - np.tanh(w[going]) ** 2) / 2
-            mean[going] = 0.9 * mean[going] + 0.1 * gradient
-            square[going] = 0.999 * square[going] + 0.001 * gradient**2
-            rate = self.learning_rate * np.sqrt(1 - 0.999**step) / (1 - 0.9**step)
-            w[going] -= rate * mean[going] / (np.sqrt(square[going]) + 1e-8)
-            # The authors look at the loss before the step, and at the prediction after it.
-            ready = going[loss < 1e-4 * part.const]
-            if ready.size:
-                images = np.tanh(w[ready]) / 2
-                fooled = self._predict(images) != problem.y[ready].argmax(axis=1)
-                found[ready[fooled]], attacked[ready[fooled]] = True, images[fooled]
-        return found, attacked
-
-    def _objective(self, problem: _Problem, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _objective(
+        self, images: np.ndarray, x: np.ndarray, y: np.ndarray, tau: np.ndarray, const: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The loss (N,) and its gradient in images of [-0.5, 0.5]."""
         low, high = scalar_clip_values(self.estimator)
-        margins, gradients = self._margin((low + (images + 0.5) * (high - low)).astype(np.float32), problem.y)
+        margins, gradients = self._margin((low + (images + 0.5) * (high - low)).astype(np.float32), y)
         shape = (-1, *[1] * (images.ndim - 1))
-        weights = np.where(margins > 0, problem.const, 0.0) * (high - low)
-        excess = np.abs(images - problem.x) - problem.tau.reshape(shape)
-        loss = problem.const * np.maximum(margins, 0) + np.maximum(excess, 0).sum(axis=self._features(images))
-        return loss, weights.reshape(shape) * gradients + (excess > 0) * np.sign(images - problem.x)
+        weights = np.where(margins > 0, const, 0.0) * (high - low)
+        excess = np.abs(images - x) - tau.reshape(shape)
+        loss = const * np.maximum(margins, 0) + np.maximum(excess, 0).sum(axis=self._features(images))
+        return loss, weights.reshape(shape) * gradients + (excess > 0) * np.sign(images - x)
 
     @staticmethod
     def _features(x: np.ndarray) -> tuple[int, ...]:
@@ -171,16 +150,29 @@ class CarliniWagnerLInf(EvasionAttack):
         scalar_clip_values(self.estimator)
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """What one search is about, an entry per image: original, labels, where to start, tau, the weight of the logits."""
+class _Searches:
+    """Where each image's search is: Adam's state over w, steps taken, tau, the weight of the logits."""
 
-    x: np.ndarray
-    y: np.ndarray
-    start: np.ndarray
-    tau: np.ndarray
-    const: np.ndarray
+    def __init__(self, x: np.ndarray, const: float) -> None:
+        self.w, self.mean, self.square = (np.zeros_like(x) for _ in range(3))
+        self.steps, self.tau, self.const = np.zeros(len(x), int), np.ones(len(x)), np.full(len(x), const)
+        self.begin(np.arange(len(x)), x)
 
-    def only(self, which: np.ndarray, const: np.ndarray) -> _Problem:
-        """The problem of some of the images, with these weights."""
-        return _Problem(self.x[which], self.y[which], self.start[which], self.tau[which], const)
+    def begin(self, which: np.ndarray, start: np.ndarray) -> None:
+        """A new search from the images ``start``."""
+        self.w[which] = np.arctanh(start * SMOOTHER)
+        self.mean[which], self.square[which], self.steps[which] = 0.0, 0.0, 0
+
+    def images(self, which: np.ndarray) -> np.ndarray:
+        """In [-0.5, 0.5]."""
+        return np.tanh(self.w[which]) / 2
+
+    def step(self, which: np.ndarray, gradient: np.ndarray, learning_rate: float) -> None:
+        """One of Adam's, given the gradient in the images."""
+        gradient = gradient * (1 - np.tanh(self.w[which]) ** 2) / 2
+        self.steps[which] += 1
+        self.mean[which] = 0.9 * self.mean[which] + 0.1 * gradient
+        self.square[which] = 0.999 * self.square[which] + 0.001 * gradient**2
+        t = self.steps[which].reshape(-1, *[1] * (gradient.ndim - 1))
+        rate = learning_rate * np.sqrt(1 - 0.999**t) / (1 - 0.9**t)
+        self.w[which] -= rate * self.mean[which] / (np.sqrt(self.square[which]) + 1e-8)

@@ -74,9 +74,18 @@ def p_value_histograms(
     """
     figure, axes = _panels(len(before))
     for (name, values), ax in zip(before.items(), axes, strict=True):
-        ax.hist(values, bins, (0, 1), density=True, color="#4477aa", alpha=0.75, label="as it is")
+        ax.hist(values, bins=bins, range=(0, 1), density=True, color="#4477aa", alpha=0.75, label="as it is")
         if after is not None and name in after:
-            ax.hist(after[name], bins, (0, 1), density=True, histtype="step", color="#cc3311", lw=1.3, label="purified")
+            ax.hist(
+                after[name],
+                bins=bins,
+                range=(0, 1),
+                density=True,
+                histtype="step",
+                color="#cc3311",
+                lw=1.3,
+                label="purified",
+            )
         ax.axhline(1, color="black", lw=0.8, ls=":", label="uniform")
         ax.set(title=name, xlabel="p-value", ylabel="density", xlim=(0, 1))
     axes[0].legend(fontsize=8)

@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ def _train(stages: Stages, processes: Team) -> None:
     wanted = {(row.network, row.training): row for row in stages.grid.rows}
     missing = [row for row in wanted.values() if not stages.trained(row)]
     for row in processes.share(missing):
-        _try(lambda row=row: stages.model(row.network, row.training))  # the cells that need it report a failure
+        _try(partial(stages.model, row.network, row.training))  # the cells that need it report a failure
     for failures in processes.gather(stages.failures):
         stages.failures |= failures
 
@@ -146,7 +146,7 @@ def _chunks(
     """Fill ``mine`` with this process's chunks; the error that stopped it, if one did."""
     for s in starts:
         size = min(stages.grid.chunk, count - s)
-        right, error = _try(lambda s=s, size=size: stages.right(cell, s, size))
+        right, error = _try(partial(stages.right, cell, s, size))
         if error is not None:
             return error
         mine[s] = right.tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property, lru_cache
@@ -119,7 +120,7 @@ class Stages:
         """
         arguments = dict(dict(self.grid.defences[row.defence])[path])
         settings = {
-            "classifier": self.training(row), "pixel_cnn": self._pixel_cnn_name(), "defence": path,
+            "classifier": self.training(row), "pixel_cnn": self.pixel_cnn_key, "defence": path,
             "arguments": arguments, "eps": list(self.grid.eps),
         }  # fmt: skip
         if (kept := self.store.read("thresholds", settings)) is None:
@@ -142,19 +143,20 @@ class Stages:
         common = {"pixel_cnn": self.pixel_cnn} if _has_density_model(steps) else {}
         return preprocessor(steps, clip_values=UNIT, **common)
 
-    def _pixel_cnn_name(self) -> str:
-        """Tells density models apart: a retrained one under the same name makes new results."""
-        return f"{self.grid.pixel_cnn} {digest(self.pixel_cnn.configuration | {'sum': self._weight_sum})}"
-
     @cached_property
-    def _weight_sum(self) -> float:
-        return sum(float(value.double().abs().sum()) for value in self.pixel_cnn.state_dict().values())
+    def pixel_cnn_key(self) -> str:
+        """Tells density models apart, by what is in them: a retrained one under the same name makes new results."""
+        weights = {
+            name: hashlib.sha256(value.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+            for name, value in self.pixel_cnn.state_dict().items()
+        }
+        return digest({"configuration": self.pixel_cnn.configuration, "weights": weights})
 
     def _defence_key(self, row: Row) -> dict[str, Any] | None:
         steps = self.steps(row)
         if not steps:
             return None
-        named = {"pixel_cnn": self._pixel_cnn_name()} if _has_density_model(steps) else {}
+        named = {"pixel_cnn": self.pixel_cnn_key} if _has_density_model(steps) else {}
         return {"steps": [[path, dict(arguments)] for path, arguments in steps]} | named
 
     # Images

@@ -70,11 +70,10 @@ def _derived(grid: Grid, row: Row, eps: int, attacked: Results | Mapping[str, An
     if not done or len(done) < len(attacked):  # a minimum over fewer attacks would look better than it is
         return []
     weakest = min(done, key=lambda result: result["accuracy_percent"])
-    right: np.ndarray = np.array([[r == "1" for r in result["right"]] for result in done]).all(axis=0)
-    low, high = wilson(int(right.sum()), len(right))
-    worst = {
-        "count": len(right), "accuracy_percent": 100 * float(right.mean()), "interval_percent": [100 * low, 100 * high],
-    }  # fmt: skip
+    right = [set(flags) == {"1"} for flags in zip(*(result["right"] for result in done), strict=True)]
+    low, high = wilson(sum(right), len(right))
+    percent = 100 * float(np.mean(right))
+    worst = {"count": len(right), "accuracy_percent": percent, "interval_percent": [100 * low, 100 * high]}
     return [_record(grid, row, eps, STRONGEST, weakest), _record(grid, row, eps, WORST_CASE, worst)]
 
 
