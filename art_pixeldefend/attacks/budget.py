@@ -56,3 +56,12 @@ def clip_to_ball(attacked: np.ndarray, x: np.ndarray, eps: int, clip_values: tup
     centre = to_levels(x, clip_values).astype(np.int16)
     levels = np.clip(to_levels(attacked, clip_values).astype(np.int16), centre - eps, centre + eps)
     return from_levels(levels, clip_values, x.dtype)
+
+
+def round_outwards(attacked: np.ndarray, x: np.ndarray, clip_values: tuple[float, float]) -> np.ndarray:
+    """``attacked`` with every change from ``x`` a whole number of levels, no smaller than it was."""
+    low, high = clip_values
+    one = (high - low) / (LEVELS - 1)
+    change = (attacked - x) / one
+    whole = np.sign(change) * np.ceil(np.abs(change) - 1e-3)  # what is a whole number but for rounding stays
+    return np.clip(x + whole * one, low, high).astype(x.dtype)

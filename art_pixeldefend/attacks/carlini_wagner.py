@@ -10,7 +10,7 @@ from art.estimators.classification.classifier import ClassGradientsMixin
 from art.estimators.estimator import BaseEstimator
 from art.utils import check_and_transform_label_format, get_labels_np_array
 
-from art_pixeldefend.attacks.budget import scalar_clip_values
+from art_pixeldefend.attacks.budget import round_outwards, scalar_clip_values
 from art_pixeldefend.attacks.margin import Margin
 from art_pixeldefend.validation import check_count
 
@@ -24,7 +24,8 @@ class CarliniWagnerLInf(EvasionAttack):
         minimise  const max(0, z_true - max other z) + sum max(0, |x' - x| - tau)
 
     over x' = tanh(w) / 2 by Adam; whenever that reaches 0, tau becomes 0.9 of the distance reached, until it fails.
-    Every search starts from the image the last one found, as in the authors' code.
+    Every search starts from the image the last one found, as in the authors' code. In the end changes are rounded
+    outwards to whole levels: the search ends on the boundary, and rounding to the nearest level takes many images back.
 
     ART's ``CarliniLInfMethod`` goes one image at a time, starts every search from the input, and stops one as soon as
     the whole objective is below 0.001: with the reference code's constants, which weigh the logits by 1e-5, that is so
@@ -86,7 +87,7 @@ class CarliniWagnerLInf(EvasionAttack):
             piece = slice(i, i + self.batch_size)
             centred = ((x[piece] - low) / (high - low) - 0.5).astype(np.float64)
             attacked[piece] = low + (self._shrink(centred, y[piece]) + 0.5) * (high - low)
-        return attacked
+        return round_outwards(attacked, x, (low, high))
 
     def _shrink(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """Closer and closer attacked images, until none is found closer; everything in [-0.5, 0.5].

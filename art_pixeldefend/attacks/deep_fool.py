@@ -9,7 +9,7 @@ from art.attacks.attack import EvasionAttack
 from art.estimators.classification.classifier import ClassGradientsMixin
 from art.estimators.estimator import BaseEstimator
 
-from art_pixeldefend.attacks.budget import level, scalar_clip_values
+from art_pixeldefend.attacks.budget import round_outwards, scalar_clip_values
 from art_pixeldefend.validation import check_count
 
 
@@ -60,14 +60,7 @@ class DeepFoolLInf(EvasionAttack):
             active, logits = active[unmoved], logits[unmoved]
             if not len(active):
                 break
-        return self._outwards(x, attacked)
-
-    def _outwards(self, x: np.ndarray, attacked: np.ndarray) -> np.ndarray:
-        """Changes as whole levels, no smaller than they are."""
-        one = level(self.estimator)
-        change = (attacked - x) / one
-        whole = np.sign(change) * np.ceil(np.abs(change) - 1e-3)
-        return np.clip(x + whole * one, *scalar_clip_values(self.estimator)).astype(x.dtype)
+        return round_outwards(attacked, x, clip_values)
 
     def _step(self, x: np.ndarray, logits: np.ndarray, first: np.ndarray) -> np.ndarray:
         """The smallest change of ``x`` that takes the linearised classifier to its nearest boundary."""
