@@ -181,6 +181,29 @@ def demo(
     typer.echo(f"report and pictures: {out}")
 
 
+@app.command()
+def grid(
+    name: Annotated[str, typer.Argument(help="fashion-mnist, cifar-10 or digits")],
+    out: Annotated[Path, typer.Option(help="folder of the table and all behind it; what is in it is not done again")],
+    model: Annotated[str | None, typer.Option(help="density model: a bundled name or a .safetensors file")] = None,
+    rows: Annotated[str | None, typer.Option(help="only rows with one of these comma-separated words")] = None,
+    attacks: Annotated[str | None, typer.Option(help="only these comma-separated attacks")] = None,
+    limit: Annotated[int | None, typer.Option(help="at most so many test images")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and how long it takes")] = False,
+    data_dir: DataDir = None,
+    verbose: Verbose = True,
+) -> None:
+    """Regenerate the paper's table of a data set: attacks, defences, classifiers. Stopped, it goes on where it was."""
+    from art_pixeldefend.evaluation.runner import run
+
+    typer.echo(
+        run(
+            name, out, data_dir=data_dir, pixel_cnn=model, rows=rows, attacks=attacks, limit=limit,
+            dry_run=dry_run, verbose=verbose,
+        )
+    )  # fmt: skip
+
+
 def _images_or_test_images(source: str, data_dir: Path | None):
     """A data set's test images; else those in the folder or file."""
     from art_pixeldefend import datasets

@@ -21,7 +21,7 @@ def images(tmp_path, digits):
 
 
 def test_every_command_explains_itself():
-    for command in ("train", "purify", "score", "detect", "sample", "demo"):
+    for command in ("train", "purify", "score", "detect", "sample", "demo", "grid"):
         result = run(command, "--help")
         assert result.exit_code == 0 and "Usage" in result.output
 
@@ -72,6 +72,7 @@ def test_sample_writes_a_sheet_or_an_array(name, tmp_path):
         (["score", "digits", "--model", "imagenet"], "imagenet"),
         (["sample", "--model", "digits", "--out", "x.gif"], "--out"),
         (["detect", "digits", "--model", "digits", "--out", "x.csv"], "--training"),
+        (["grid", "imagenet", "--out", "table"], "digits"),
         (["train", "fashion-mnist", "--out", "run", "--data-dir", "nowhere", "--steps", "0"], "steps"),
     ],
 )
