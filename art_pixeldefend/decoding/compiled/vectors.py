@@ -21,8 +21,9 @@ _FEATURES = llvm.get_host_cpu_features()
 _WIDE = bool(_FEATURES.get("avx512f"))
 LANES = 16 if _WIDE else 8  # floats to a vector of a matrix product
 # Rows of a block of sums that is 1, 2, .. vectors wide: sums, one row of weights and one input fill the registers.
-ROWS = (14, 13, 8, 6) if _WIDE else (8, 5, 3)
+ROWS = (14, 13, 8, 6) if _WIDE else (12, 6, 4)
 BLOCK = 8  # numbers to a vector of the functions; feature maps come in multiples of that
+AHEAD = 2048  # bytes of weights to ask for before they are read: they come from far when a row begins
 COLUMNS = 5  # of the table of a mixture's components
 
 INT = ir.IntType(64)
@@ -133,6 +134,15 @@ def _plus(builder: ir.IRBuilder, address: ir.Value, distance: ir.Value | int) ->
     return builder.add(address, ir.Constant(INT, distance) if isinstance(distance, int) else distance)
 
 
+def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
+    """Ask for data that is soon to be read, into the first-level cache."""
+    pointer = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [pointer, INT32, INT32, INT32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    read, near, data = (ir.Constant(INT32, number) for number in (0, 3, 1))
+    builder.call(function, [builder.inttoptr(address, pointer), read, near, data])
+
+
 def _kernel(body: Callable[..., None], *arguments: types.Type) -> tuple:
     """What an intrinsic returns: its types, and a generator of ``body``'s code."""
 
@@ -161,6 +171,8 @@ def _block_of_sums(
     carried = [[builder.phi(s.type) for s in row] for row in sums]
     weights = _plus(builder, matrix, builder.mul(k, ir.Constant(INT, vectors * size)))
     weight = [Vector.load(builder, _plus(builder, weights, v * size), LANES) for v in range(vectors)]
+    for v in range(vectors):
+        _prefetch(builder, _plus(builder, weights, AHEAD + v * size))
     offset = builder.mul(k, ir.Constant(INT, 4))
     results = []
     for r in range(rows):
