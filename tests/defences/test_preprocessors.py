@@ -9,7 +9,7 @@ import pytest
 import torch
 from art.attacks.evasion import BasicIterativeMethod, DeepFool, FastGradientMethod
 from art.defences.preprocessor import PixelDefend as ArtsPixelDefend
-from art.defences.preprocessor import SpatialSmoothingPyTorch
+from art.defences.preprocessor.preprocessor import PreprocessorPyTorch
 from art.estimators.classification import BlackBoxClassifier, PyTorchClassifier
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,10 +22,23 @@ SHAPE = (1, 6, 6)
 RANGES = [(0.0, 1.0), (0.0, 255.0), (-1.0, 1.0), (-0.5, 2.5)]
 
 
-def network(seed=0, shape=SHAPE, classes=4):
+class Dim(PreprocessorPyTorch):
+    """Somebody else's preprocessor: half as bright."""
+
+    def __init__(self):
+        super().__init__(device_type="cpu", is_fitted=True, apply_fit=False, apply_predict=True)
+
+    def forward(self, x, y=None):
+        return x / 2, y
+
+
+def network(seed=0, shape=SHAPE, classes=4, spread=1.0):
+    """A classifier of images whose values spread over so much."""
     torch.manual_seed(seed)
     size = int(np.prod(shape))
-    return nn.Sequential(nn.Flatten(), nn.Linear(size, 16), nn.Tanh(), nn.Linear(16, classes))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(size, 16), nn.Tanh(), nn.Linear(16, classes))
+    model[1].weight.data /= spread
+    return model
 
 
 def classifier(defences=None, model=None, clip_values=(0.0, 1.0), shape=SHAPE, **options):
@@ -149,19 +162,20 @@ def test_predictions_are_those_of_the_purified_images(pixel_cnn, levels, purifie
 
 
 def test_chained_with_other_preprocessors_and_standardisation(pixel_cnn, levels):
-    smoothing = SpatialSmoothingPyTorch(window_size=3, channels_first=True, clip_values=(0, 1), device_type="cpu")
     options = {"preprocessing": (np.float32(0.3), np.float32(0.4))}
-    chain = classifier([smoothing, PixelDefend(eps=16, pixel_cnn=pixel_cnn, device_type="cpu")], **options)
+    chain = classifier([Dim(), PixelDefend(eps=16, pixel_cnn=pixel_cnn, device_type="cpu")], **options)
     assert chain.all_framework_preprocessing
     x = in_range(levels, (0, 1))
-    smoothed, _ = smoothing(x)
-    cleaned, _ = PixelDefend(eps=16, pixel_cnn=pixel_cnn)(smoothed)
+    cleaned, _ = PixelDefend(eps=16, pixel_cnn=pixel_cnn)(Dim()(x)[0])
     np.testing.assert_allclose(chain.predict(x), classifier(**options).predict(cleaned), rtol=1e-4, atol=1e-5)
+    y = np.eye(4)[[0, 1, 2, 3, 0, 1]]
+    expected = classifier(**options).loss_gradient(cleaned, y) / 2
+    np.testing.assert_allclose(chain.loss_gradient(x, y), expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("clip_values", RANGES)
 def test_loss_gradient_is_the_bare_classifiers_at_the_purified_image(pixel_cnn, levels, purified, clip_values):
-    model, y = network(), np.eye(4)[[0, 1, 2, 3, 0, 1]]
+    model, y = network(spread=clip_values[1] - clip_values[0]), np.eye(4)[[0, 1, 2, 3, 0, 1]]
     defended = classifier([PixelDefend(clip_values, 16, pixel_cnn)], model, clip_values)
     bare = classifier(None, model, clip_values)
     gradient = defended.loss_gradient(in_range(levels, clip_values), y)
