@@ -14,7 +14,7 @@ from art_pixeldefend.decoding.compiled.kernels import KERNELS
 from art_pixeldefend.decoding.compiled.plan import FLOAT, Plan
 from art_pixeldefend.density import PixelCNNpp
 
-LOCKSTEP = 4  # images that walk together at most: they share each weight that is read
+LOCKSTEP = 8  # images that walk together at most: they share each weight that is read
 
 
 class Latest:
