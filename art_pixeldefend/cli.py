@@ -175,8 +175,11 @@ def demo(
     verbose: Verbose = True,
 ) -> None:
     """Attack a small classifier of digits, then purify and detect: three minutes on two cores, no download."""
+    import torch
+
     from art_pixeldefend.evaluation.demo import run
 
+    torch.set_num_threads(1)  # images this small: threads cost more than they bring, minutes where cores are busy
     typer.echo(run(out, seed=seed, verbose=verbose))
     typer.echo(f"report and pictures: {out}")
 

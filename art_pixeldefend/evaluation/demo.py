@@ -34,7 +34,6 @@ def run(out: Path, *, seed: int = 0, verbose: bool = True) -> str:
         The table of the report, as Markdown.
     """
     began = time.perf_counter()
-    torch.set_num_threads(1)  # images this small: threads cost more than they bring, minutes where cores are busy
     data, pixel_cnn = datasets.load("digits"), PixelCNNpp.from_pretrained("digits")
     classifier = train_classifier(as_images(data.x_train), data.y_train, seed)
     _say(verbose, f"classifier trained ({time.perf_counter() - began:.0f} s)")

@@ -29,7 +29,7 @@ def test_strips_of_different_lengths_are_refused(tmp_path):
         figures.image_strips(tmp_path / "a.png", {"a": np.zeros((2, 1, 4, 4)), "b": np.zeros((3, 1, 4, 4))})
 
 
-def test_histograms_have_a_panel_for_each_kind(tmp_path):
+def test_histograms_are_drawn_where_only_some_kinds_were_purified(tmp_path):
     before = {name: RNG.random(50) ** power for name, power in (("clean", 1), ("fgsm", 5), ("bim", 3), ("cw", 2))}
     figures.p_value_histograms(tmp_path / "p.png", before, {"fgsm": RNG.random(50)})
     drawn(tmp_path / "p.png")
