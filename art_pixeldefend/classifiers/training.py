@@ -63,7 +63,7 @@ class Recipe:
 RECIPES = {
     # The reference code's; the paper has no more than its results.
     "paper": Recipe(80_000, milestones=(40_000, 60_000), nesterov=False, mixed_precision=False),
-    "quick": Recipe(2_000, batch_size=256, learning_rate=0.2),
+    "quick": Recipe(1_500, batch_size=256, learning_rate=0.2),
     # For images of digits: few, small, and none the mirror of another.
     "digits": Recipe(400, batch_size=64, flips=False, mixed_precision=False),
 }

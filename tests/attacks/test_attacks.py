@@ -19,6 +19,7 @@ from art_pixeldefend.attacks import (
 )
 from art_pixeldefend.attacks.budget import bim_steps, clip_to_ball, from_levels, to_levels
 from art_pixeldefend.attacks.margin import Margin
+from art_pixeldefend.attacks.training import frozen
 
 
 def classifier(clip_values=(0.0, 1.0), seed=0, kind=PyTorchClassifier, **arguments):
@@ -192,6 +193,23 @@ def test_training_radii_are_half_normal_and_truncated(kind):
     assert radii.mean() == pytest.approx(8 * 0.723, rel=0.03)  # the mean of |N(0, 1)| given that it is at most 2
     moved = np.abs(attack.generate(images(count=50) * 0.6 + 0.2) - (images(count=50) * 0.6 + 0.2)).max((1, 2, 3)) * 255
     assert moved.max() <= 16.01 and len(np.unique(moved.round(2))) > 20
+
+
+def test_a_frozen_classifier_trains_again_afterwards_even_after_an_error():
+    estimator = classifier()
+    first, *others = estimator.model.parameters()
+    first.requires_grad_(False)  # one that was frozen before stays so
+    with pytest.raises(ZeroDivisionError), frozen(estimator):
+        assert not any(parameter.requires_grad for parameter in estimator.model.parameters())
+        raise ZeroDivisionError
+    assert not first.requires_grad and all(parameter.requires_grad for parameter in others)
+
+
+def test_freezing_leaves_the_gradient_in_the_images_as_it_was():
+    estimator, x, y = classifier(), images(), np.eye(4, dtype=np.float32)[np.zeros(10, int)]
+    free = estimator.loss_gradient(x, y)
+    with frozen(estimator):
+        assert np.array_equal(estimator.loss_gradient(x, y), free)
 
 
 @pytest.mark.parametrize("eps", [-1, 256, 1.5, "8", None, True])
