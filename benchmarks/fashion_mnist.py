@@ -72,7 +72,7 @@ def use_trained(stages: Stages) -> None:
     kept = stages.store.path("classifiers", settings, ".safetensors")
     if WEIGHTS.is_file() and not kept.is_file() and classifiers.load(WEIGHTS)[1] == json.loads(json.dumps(settings)):
         write_atomically(kept, WEIGHTS.read_bytes())
-    stages.model("resnet", "normal")
+    stages.model(GRID.rows[0])
     if not WEIGHTS.is_file():
         shutil.copyfile(kept, WEIGHTS)
 

@@ -59,8 +59,10 @@ def as_art(
         defences: preprocessing defences in front of it.
         arguments: further ones of :class:`PyTorchClassifier`.
     """
+    # A third faster on a CPU, the same but for rounding. (torch's annotations leave the argument out.)
+    model = model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return PyTorchClassifier(
-        model.eval().to(memory_format=torch.channels_last),  # a third faster on a CPU, the same but for rounding
+        model,
         loss=nn.CrossEntropyLoss(),
         input_shape=model.configuration["image_shape"],
         nb_classes=model.configuration["classes"],

@@ -11,6 +11,7 @@ from art_pixeldefend import classifiers
 from art_pixeldefend.attacks.budget import bim_steps
 from art_pixeldefend.evaluation.grid import CLEAN, Cell
 from art_pixeldefend.evaluation.stages import Stages
+from art_pixeldefend.evaluation.table import title
 
 SAMPLE = 4  # images that are timed
 # Gradient passes an image, as measured with the paper's ResNet; BIM's follow from the radius.
@@ -23,11 +24,11 @@ def estimate(stages: Stages) -> str:
     lines, seconds, seen = [], 0.0, set()
     gradient = {name: _gradient_seconds(stages, name) for name in {row.network for row in grid.rows}}
     defence = {name: _defence_seconds(stages, name) for name in {row.defence for row in grid.rows}}
-    for row in {(row.network, row.training): row for row in grid.rows}.values():
+    for row in stages.classifiers():
         if not stages.trained(row):
             recipe = stages.training(row)["recipe"]
-            passes = recipe["steps"] * recipe["batch_size"] * (2.0 if row.training.startswith("adversarial") else 1.0)
-            lines.append(f"to train: {row.network}, {row.training}, {recipe['steps']} steps")
+            passes = recipe["steps"] * recipe["batch_size"] * _passes_a_step(row.training, grid.delta_of(row))
+            lines.append(f"to train: {title(row)}, {recipe['steps']} steps")
             seconds += passes * gradient[row.network]
     for cell in grid.cells():
         calibrated = any("calibrated" in map(str, arguments.values()) for _, arguments in _steps(stages, cell))
@@ -38,7 +39,7 @@ def estimate(stages: Stages) -> str:
         passes = bim_steps(cell.eps) if cell.attack == "bim" else PASSES[cell.attack]
         count = stages.count(cell.row)
         through = cell.row.threat == "through"
-        attack = (cell.row.network, cell.row.training, cell.attack, cell.eps, cell.row.defence if through else "")
+        attack = (cell.row.classifier, cell.attack, cell.eps, cell.row.defence if through else "")
         if attack not in seen:
             seen.add(attack)
             seconds += count * passes * (gradient[cell.row.network] + through * defence[cell.row.defence])
@@ -49,6 +50,12 @@ def estimate(stages: Stages) -> str:
 
 def _steps(stages: Stages, cell: Cell) -> tuple:
     return stages.grid.defences.get(cell.row.defence, ())
+
+
+def _passes_a_step(training: str, delta: float | None) -> float:
+    """Gradient passes for an image of a batch; half of it is attacked, by adversarial training."""
+    steps = {"adversarial-fgsm": 1, "adversarial-bim": bim_steps(delta or 0)}
+    return 1 + (1 + steps[training]) / 2 if training in steps else 1.0
 
 
 def _gradient_seconds(stages: Stages, network: str) -> float:

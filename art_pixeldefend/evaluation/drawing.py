@@ -43,7 +43,7 @@ def draw(stages: Stages, folder: str | PathLike[str], *, shown: int = 10, refere
     folder = Path(folder)
     detector = PixelDefendDetector(stages.pixel_cnn, clip_values=UNIT)
     detector.fit(stages.clean(0, reference, "train"))
-    numbers = {str(eps): _of_radius(stages, row, eps, detector, folder, shown) for eps in stages.grid.eps}
+    numbers = {str(eps): _of_radius(stages, row, eps, detector, folder, shown) for eps in stages.grid.eps_of(row)}
     write_atomically(folder / "detection.json", json.dumps({"reference": reference, "eps": numbers}, indent=1) + "\n")
     return sorted(folder.iterdir())
 

@@ -94,10 +94,9 @@ def _named(grid: Grid | str, pixel_cnn: str | None) -> Grid:
 
 def _train(stages: Stages, processes: Team) -> None:
     """Every missing classifier, each by one process; one that fails fails its cells, later."""
-    wanted = {(row.network, row.training): row for row in stages.grid.rows}
-    missing = [row for row in wanted.values() if not stages.trained(row)]
+    missing = [row for row in stages.classifiers() if not stages.trained(row)]
     for row in processes.share(missing):
-        _try(partial(stages.model, row.network, row.training))  # the cells that need it report a failure
+        _try(partial(stages.model, row))  # the cells that need it report a failure
     for failures in processes.gather(stages.failures):
         stages.failures |= failures
 
@@ -172,10 +171,10 @@ def _counts(right: np.ndarray) -> dict[str, Any]:
 
 def _result(cell: Cell, stages: Stages, key: Any, seconds: float) -> dict[str, Any]:
     """What every result carries, failed or not."""
-    eps = cell.eps or stages.grid.eps[0]  # the paper prints clean accuracy under every radius
+    eps = cell.eps or stages.grid.eps_of(cell.row)[0]  # the paper prints clean accuracy under every radius
     return {
         "cell": cell.name, "row": asdict(cell.row), "attack": cell.attack, "eps": cell.eps, "settings": key,
-        "paper_percent": paper_accuracy(stages.grid.dataset, cell.row, cell.attack, eps),
+        "paper_percent": paper_accuracy(stages.grid, cell.row, cell.attack, eps),
         "seconds": round(seconds, 2), "versions": versions(), "hardware": hardware(),
     }  # fmt: skip
 

@@ -46,8 +46,8 @@ class Stages:
             "validation": (data.x_train[rest:], data.y_train[rest:]),
             "test": (data.x_test, data.y_test),
         }
-        self.failures: dict[tuple[str, str], str] = {}
-        self.model = lru_cache(maxsize=2)(self._model)
+        self.failures: dict[str, str] = {}
+        self._models = lru_cache(maxsize=2)(self._model)
         self.classifier = lru_cache(maxsize=4)(self._classifier)
 
     @cached_property
@@ -65,39 +65,48 @@ class Stages:
             "dataset": grid.dataset, "network": row.network, "sizes": dict(grid.sizes.get(row.network, {})),
             "training": row.training, "recipe": asdict(recipe), "validation": grid.validation, "seed": grid.seed,
         }  # fmt: skip
-        return settings | ({"delta": grid.delta} if row.training.startswith("adversarial") else {})
+        return settings | ({"delta": grid.delta_of(row)} if row.adversarial else {})
+
+    def classifiers(self) -> list[Row]:
+        """The grid's classifiers, each once, with nothing in front of them."""
+        return list({digest(self.training(row)): row.classifier for row in self.grid.rows}.values())
 
     def trained(self, row: Row) -> bool:
         """Whether a row's classifier is there."""
         return self.store.path("classifiers", self.training(row), ".safetensors").is_file()
 
-    def _model(self, network: str, training: str) -> Network:
-        """The trained network, trained now if it is not there; but not twice if that fails."""
-        if (network, training) in self.failures:
-            raise RuntimeError(self.failures[network, training])
+    def model(self, row: Row) -> Network:
+        """A row's trained network, trained now if it is not there; but not twice if that fails."""
+        return self._models(row.classifier)
+
+    def _model(self, row: Row) -> Network:
+        key = digest(self.training(row))
+        if key in self.failures:
+            raise RuntimeError(self.failures[key])
         try:
-            return self._load_or_train(network, training)
+            # Attacks need gradients in the images only; in the parameters they would cost a third of the time.
+            return self._load_or_train(row).requires_grad_(False)
         except Exception as error:
-            self.failures[network, training] = f"no classifier {network}, {training}: {error}"
+            self.failures[key] = f"no classifier {row.network}, {row.training}: {error}"
             raise
 
-    def _load_or_train(self, network: str, training: str) -> Network:
-        row, grid, data = Row(network, training), self.grid, self.data
-        settings = self.training(row)
+    def _load_or_train(self, row: Row) -> Network:
+        grid, data, settings = self.grid, self.data, self.training(row)
         path = self.store.path("classifiers", settings, ".safetensors")
         if not path.is_file():
             model = classifiers.build(
-                network, data.image_shape, len(data.classes), seed=grid.seed, **grid.sizes.get(network, {})
+                row.network, data.image_shape, len(data.classes), seed=grid.seed, **grid.sizes.get(row.network, {})
             )
             recipe = shortened(grid.recipe, grid.steps) if grid.steps else grid.recipe
-            classifiers.train(model, *self.splits["train"], recipe, training, delta=grid.delta, seed=grid.seed)
+            delta = grid.delta_of(row) or grid.delta  # training that is not adversarial leaves it unread
+            classifiers.train(model, *self.splits["train"], recipe, row.training, delta=delta, seed=grid.seed)
             classifiers.save(path, model, settings)
         return classifiers.load(path)[0]
 
     def _classifier(self, row: Row, through: bool) -> PyTorchClassifier:
         """What is attacked: the row's network, bare or behind the row's defence."""
         defence = self.defence(row) if through else None
-        return classifiers.as_art(self.model(row.network, row.training), defence)
+        return classifiers.as_art(self.model(row), defence)
 
     # Defences
 
@@ -114,21 +123,22 @@ class Stages:
         return self.build(self.steps(row))
 
     def threshold(self, row: Row, path: str) -> float:
-        """Of bits per dimension, chosen on validation images under FGSM and BIM of every radius; kept.
+        """Of bits per dimension, chosen on validation images under FGSM and BIM of the row's radii; kept.
 
         A threshold is the model's and the classifier's, so rows of another threat share it.
         """
+        radii = self.grid.eps_of(row)
         arguments = dict(dict(self.grid.defences[row.defence])[path])
         settings = {
             "classifier": self.training(row), "pixel_cnn": self.pixel_cnn_key, "defence": path,
-            "arguments": arguments, "eps": list(self.grid.eps),
+            "arguments": arguments, "eps": list(radii),
         }  # fmt: skip
         if (kept := self.store.read("thresholds", settings)) is None:
-            bare, count = Row(row.network, row.training), len(self.splits["validation"][1])
+            bare, count = row.classifier, len(self.splits["validation"][1])
             attacked = {
                 f"{attack} {eps}": self.attacked(Cell(bare, attack, eps), 0, count, "validation")
                 for attack in CALIBRATION_ATTACKS
-                for eps in self.grid.eps
+                for eps in radii
             }
             defence = self.build([(path, arguments | {"threshold": 0.0})])
             if not isinstance(defence, AdaptivePixelDefend):

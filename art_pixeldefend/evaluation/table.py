@@ -20,6 +20,11 @@ TITLES = {
     "cw-art": "CW (ART)",
 }  # fmt: skip
 
+DEFENCE_NOTES = {
+    "art-pixeldefend": "ART's own class, which conditions on the attacked image where Algorithm 1 conditions on the "
+    "purified one; the overflow that stops it on NumPy 2 is worked around, nothing else",
+}
+
 
 def wilson(correct: int, count: int, z: float = 1.959964) -> tuple[float, float]:
     """Wilson's 95% interval for a proportion (1927), each end in 0..1."""
@@ -39,7 +44,7 @@ def entries(grid: Grid, results: Results) -> list[dict[str, Any]]:
     """
     records = []
     for row in grid.rows:
-        for eps in grid.eps:
+        for eps in grid.eps_of(row):
             columns = {name: cell for name, cell in _columns(grid, row, eps).items() if cell in results}
             for name, cell in columns.items():
                 records.append(_record(grid, row, eps, name, results[cell]))
@@ -53,10 +58,10 @@ def _columns(grid: Grid, row: Row, eps: int) -> dict[str, Cell]:
 
 def _record(grid: Grid, row: Row, eps: int, column: str, result: Mapping[str, Any]) -> dict[str, Any]:
     record = {
-        "dataset": grid.dataset, "network": row.network, "training": row.training, "defence": row.defence,
-        "threat": row.threat, "eps": eps, "column": column, "count": result.get("count", 0),
+        "dataset": grid.dataset, "network": row.network, "training": row.training, "delta": grid.delta_of(row),
+        "defence": row.defence, "threat": row.threat, "eps": eps, "column": column, "count": result.get("count", 0),
         "ours": result.get("accuracy_percent"), "low": None, "high": None,
-        "paper": paper_accuracy(grid.dataset, row, column, eps), "difference": None, "error": result.get("error", ""),
+        "paper": paper_accuracy(grid, row, column, eps), "difference": None, "error": result.get("error", ""),
     }  # fmt: skip
     if "interval_percent" in result:
         record["low"], record["high"] = result["interval_percent"]
@@ -94,12 +99,15 @@ def markdown(grid: Grid, results: Results) -> str:
     records = entries(grid, results)
     names = [CLEAN, *(a for a in ATTACKS if any(record["column"] == a for record in records)), STRONGEST, WORST_CASE]
     lines = []
-    for eps in grid.eps:
+    for eps in (eps for eps in grid.eps if any(eps in grid.eps_of(row) for row in grid.rows)):
         lines += [f"## Attacks within {eps} levels", "", _header(names), "|---|---|" + "---|" * len(names)]
-        for row in grid.rows:
-            of_row = {r["column"]: r for r in records if r["eps"] == eps and _is_of(row, r)}
-            title = f"{row.network}, {row.training}, {row.defence}"
-            lines.append(f"| {title} | {row.threat} | " + " | ".join(_shown(of_row.get(name)) for name in names) + " |")
+        for row in (row for row in grid.rows if eps in grid.eps_of(row)):
+            of_row = {r["column"]: r for r in records if r["eps"] == eps and _is_of(grid, row, r)}
+            lines.append(
+                f"| {title(row)}, {row.defence} | {row.threat} | "
+                + " | ".join(_shown(of_row.get(name)) for name in names)
+                + " |"
+            )
         lines.append("")
     return "\n".join(lines + _notes(grid, results)) + "\n"
 
@@ -108,8 +116,14 @@ def _header(names: list[str]) -> str:
     return "| classifier, training, defence | attacked | " + " | ".join(TITLES.get(name, name) for name in names) + " |"
 
 
-def _is_of(row: Row, record: Mapping[str, Any]) -> bool:
-    return all(record[name] == getattr(row, name) for name in ("network", "training", "defence", "threat"))
+def title(row: Row) -> str:
+    """A row's classifier, in words."""
+    return f"{row.network}, {row.training}" + ("" if row.delta is None else f" (delta {row.delta:g})")
+
+
+def _is_of(grid: Grid, row: Row, record: Mapping[str, Any]) -> bool:
+    same = all(record[name] == getattr(row, name) for name in ("network", "training", "defence", "threat"))
+    return same and record["delta"] == grid.delta_of(row)
 
 
 def _shown(record: Mapping[str, Any] | None) -> str:
@@ -143,6 +157,14 @@ def _notes(grid: Grid, results: Results) -> list[str]:
     for name, entry in ATTACKS.items():
         if entry.note and any(cell.attack == name for cell in results):
             notes.append(f"{TITLES[name]}: {entry.note}.")
+    for name, note in DEFENCE_NOTES.items():
+        if any(row.defence == name for row in grid.rows):
+            notes.append(f"{name}: {note}.")
+    if any(row.delta is not None for row in grid.rows):
+        notes.append(
+            "*delta*: radii in adversarial training were |N(0, delta)|, in levels; the paper trained a classifier for "
+            "each radius of attack, with that as delta."
+        )
     short = [row.name for row in grid.rows if set(grid.attacks_of(row)) < set(grid.attacks)]
     if short:
         notes.append(f"Fewer attacks, so *strongest* and *worst case* are over fewer: {', '.join(short)}.")

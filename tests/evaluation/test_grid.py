@@ -10,10 +10,22 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from art.defences.preprocessor import PixelDefend as ArtsPixelDefend
 
 from art_pixeldefend import datasets
 from art_pixeldefend.evaluation import drawing, runner, store, table
-from art_pixeldefend.evaluation.grid import CLEAN, GRIDS, PAPER_ROWS, Cell, Grid, Row, defences, paper_accuracy  # noqa: F401
+from art_pixeldefend.evaluation.art_pixel_defend import ArtPixelDefend, Conditionals
+from art_pixeldefend.evaluation.grid import (
+    CLEAN,
+    GRIDS,
+    Cell,
+    Grid,
+    Row,
+    defences,  # noqa: F401
+    paper_accuracies,
+    paper_accuracy,
+    per_radius,
+)
 from art_pixeldefend.evaluation.preprocessors import InTurn, preprocessor
 from art_pixeldefend.evaluation.stages import Stages
 from art_pixeldefend.evaluation.store import Store, digest
@@ -190,19 +202,34 @@ def test_wilsons_interval_has_its_known_values(correct, count, low, high):
 
 def test_the_papers_numbers_stand_beside_the_threat_they_were_measured_under():
     pixeldefend, squeezing = Row(defence="pixeldefend"), Row(defence="feature-squeezing")
-    assert paper_accuracy("fashion-mnist", pixeldefend, "strongest", 25) == 74
-    assert paper_accuracy("fashion-mnist", replace(pixeldefend, threat="through"), "strongest", 25) is None
-    assert paper_accuracy("fashion-mnist", squeezing, "bim", 8) is None
-    assert paper_accuracy("fashion-mnist", replace(squeezing, threat="through"), "bim", 8) == 56
+    grid = GRIDS["fashion-mnist"]
+    assert paper_accuracy(grid, pixeldefend, "strongest", 25) == 74
+    assert paper_accuracy(grid, replace(pixeldefend, threat="through"), "strongest", 25) is None
+    assert paper_accuracy(grid, squeezing, "bim", 8) is None
+    assert paper_accuracy(grid, replace(squeezing, threat="through"), "bim", 8) == 56
+
+
+@pytest.mark.parametrize(
+    ("name", "eps", "delta"), [("fashion-mnist", 8, 8), ("fashion-mnist", 25, 25), ("cifar-10", 16, 8)]
+)
+def test_the_papers_numbers_stand_beside_the_delta_it_trained_with(name, eps, delta):
+    row = Row("resnet", "adversarial-bim")
+    for mine in (8, 25):
+        assert (paper_accuracy(GRIDS[name], replace(row, delta=mine), "bim", eps) is not None) == (mine == delta)
 
 
 @pytest.mark.parametrize("name", ["fashion-mnist", "cifar-10"])
 def test_every_number_of_the_papers_tables_has_its_cell(name):
     grid = GRIDS[name]
-    for row in PAPER_ROWS:
-        for attack in (CLEAN, *grid.attacks, "strongest"):
-            for eps in grid.eps:
-                assert paper_accuracy(name, row, attack, eps) is not None
+    found = [
+        (row.network, row.training, row.defence, column, eps)
+        for row in grid.rows
+        for column in (CLEAN, *grid.attacks_of(row), "strongest")
+        for eps in grid.eps_of(row)
+        if paper_accuracy(grid, row, column, eps) is not None
+    ]
+    papers = {key[1:] for key in paper_accuracies() if key[0] == name}
+    assert len(found) == len(set(found)) and set(found) == papers
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -211,7 +238,7 @@ def test_every_defence_is_run_under_both_threats(name):
     for row in rows:
         if row.defence != "none":
             threats = {
-                r.threat for r in rows if (r.network, r.training, r.defence) == (row.network, row.training, row.defence)
+                r.threat for r in rows if (r.classifier, r.defence, r.eps) == (row.classifier, row.defence, row.eps)
             }
             assert threats == {"bare", "through"}
 
@@ -222,6 +249,13 @@ def test_a_grid_is_cut_down_by_rows_attacks_and_images():
     through = next(row for row in grid.rows if row.threat == "through")
     assert grid.attacks_of(through) == ("fgsm",)  # this row never runs CW
     assert grid.images_of(through) == 7
+
+
+def test_rows_are_left_out_by_words_with_an_exclamation_mark():
+    grid = GRIDS["fashion-mnist"]
+    left = grid.only(rows="!adversarial-bim-delta-25").rows
+    assert set(grid.rows) - set(left) == {Row("resnet", "adversarial-bim", delta=25, eps=(25,))}
+    assert all("vgg" in row.name and "through" not in row.name for row in grid.only(rows="vgg,!through").rows)
 
 
 @pytest.mark.parametrize("options", [{"rows": "nothing"}, {"attacks": ("nothing",)}, {"limit": 0}])
@@ -235,7 +269,9 @@ def test_what_is_not_in_a_grid_is_refused(options):
     [
         ({"eps": (256,)}, "eps"), ({"attacks": ("no",)}, "attacks"), ({"rows": (Row("no"),)}, "network"),
         ({"rows": (Row(training="no"),)}, "training"), ({"rows": (Row(defence="no"),)}, "defence"),
-        ({"rows": (Row(threat="no"),)}, "threat"), ({"chunk": 0}, "chunk"), ({"recipe": "no"}, "recipe"),
+        ({"rows": (Row(threat="no"),)}, "threat"), ({"rows": (Row(eps=(9,)),)}, "eps"),
+        ({"rows": (Row(delta=8),)}, "delta"), ({"rows": (Row(training="adversarial-fgsm", delta=0),)}, "delta"),
+        ({"chunk": 0}, "chunk"), ({"recipe": "no"}, "recipe"),
     ],
 )  # fmt: skip
 def test_a_grid_that_means_nothing_is_refused(change, message):
@@ -287,6 +323,50 @@ def test_adaptive_thresholds_are_calibrated_once(tmp_path):
 def test_cells_name_themselves():
     assert Cell(Row(), "bim", 8).name == "resnet/normal/none/bare bim 8"
     assert Cell(Row(), CLEAN, 0).name == "resnet/normal/none/bare clean"
+    assert Row("resnet", "adversarial-fgsm", delta=25).name == "resnet/adversarial-fgsm-delta-25/none/bare"
+
+
+def test_rows_of_two_deltas_have_classifiers_and_tables_of_their_own(tmp_path):
+    rows = per_radius([Row("vgg", "adversarial-fgsm", "feature-squeezing"), Row("vgg")], (16, 40))
+    grid = replace(TINY, rows=rows, images=8, attacks=("rand",), steps=2)
+    text = run(tmp_path, grid)
+    first, second = text.split("## Attacks within 40")
+    title = "| vgg, adversarial-fgsm (delta {}), feature-squeezing |"
+    assert title.format(16) in first and title.format(16) not in second
+    assert title.format(40) in second and title.format(40) not in first
+    assert "| vgg, normal, none |" in first and "| vgg, normal, none |" in second
+    assert len(list((tmp_path / "classifiers").iterdir())) == 3
+    assert {cell["settings"]["classifier"].get("delta") for cell in cells(tmp_path)} == {16, 40, None}
+
+
+def test_a_row_without_a_delta_has_the_classifier_of_the_grids(tmp_path):
+    stages = Stages(TINY, datasets.load("digits"), Store(tmp_path))
+    row = Row("vgg", "adversarial-fgsm")
+    assert stages.training(row) == stages.training(replace(row, delta=TINY.delta))
+    assert "delta" not in stages.training(Row("vgg"))
+
+
+def test_attacked_classifiers_have_no_gradients_in_their_weights(finished):
+    stages = Stages(TINY, datasets.load("digits"), Store(finished))
+    classifier = stages.classifier(TINY.rows[0], False)
+    assert not any(parameter.requires_grad for parameter in classifier.model.parameters())
+
+
+def test_arts_own_pixeldefend_runs_and_conditions_on_the_attacked_image(make_model, make_levels):
+    pixel_cnn, levels, eps = make_model((1, 5, 7)), make_levels(3, (1, 5, 7)), 40
+    purified, _ = ArtPixelDefend(eps=eps, pixel_cnn=pixel_cnn, batch_size=2)((levels / 255).astype(np.float32))
+    z = np.arange(256)
+    logs = pixel_cnn.conditional_log_probs(levels).numpy()
+    logs[np.abs(z - levels[..., None].astype(int)) > eps] = -np.inf
+    assert purified.dtype == np.float32
+    assert np.array_equal(np.rint(purified * 255), logs.argmax(-1))
+
+
+def test_what_is_wrong_with_arts_own_pixeldefend_is_still_wrong(make_model):
+    # Why ArtPixelDefend widens its bytes; should ART mend this, the class can go.
+    broken = ArtsPixelDefend(eps=40, pixel_cnn=Conditionals(make_model((1, 4, 4))))
+    with pytest.warns(RuntimeWarning, match="overflow"), pytest.raises(OverflowError):
+        broken(np.zeros((1, 1, 4, 4), np.float32))
 
 
 def test_a_finished_grid_is_drawn(tmp_path):
