@@ -189,7 +189,9 @@ def grid(
     name: Annotated[str, typer.Argument(help="fashion-mnist, cifar-10 or digits")],
     out: Annotated[Path, typer.Option(help="folder of the table and all behind it; what is in it is not done again")],
     model: Annotated[str | None, typer.Option(help="density model: a bundled name or a .safetensors file")] = None,
-    rows: Annotated[str | None, typer.Option(help="only rows with one of these comma-separated words")] = None,
+    rows: Annotated[
+        str | None, typer.Option(help="only rows with one of these comma-separated words; !WORD: without it")
+    ] = None,
     attacks: Annotated[str | None, typer.Option(help="only these comma-separated attacks")] = None,
     limit: Annotated[int | None, typer.Option(help="at most so many test images")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and how long it takes")] = False,
@@ -197,8 +199,12 @@ def grid(
     verbose: Verbose = True,
 ) -> None:
     """Regenerate the paper's table of a data set: attacks, defences, classifiers. Stopped, it goes on where it was."""
+    import torch
+
     from art_pixeldefend.evaluation.runner import run
 
+    if name == "digits":
+        torch.set_num_threads(1)  # as in the demo
     typer.echo(
         run(
             name, out, data_dir=data_dir, pixel_cnn=model, rows=rows, attacks=attacks, limit=limit,

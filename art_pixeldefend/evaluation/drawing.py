@@ -96,4 +96,5 @@ def _strips(stages: Stages, row: Row, before: dict, after: dict, path: Path, sho
             name = kind if kind == attack else f"{attack},\npurified"
             strips[name] = to_levels(images[:shown], UNIT)
             labels[name] = [names[i] for i in classifier.predict(images[:shown]).argmax(axis=1)]
-    figures.image_strips(path, strips, labels, [names[i] for i in stages.data.y_test[:shown]])
+    truth = stages.data.y_test[: len(labels[CLEAN])]  # there may be fewer than that many
+    figures.image_strips(path, strips, labels, [names[i] for i in truth])

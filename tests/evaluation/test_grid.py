@@ -381,6 +381,14 @@ def test_a_finished_grid_is_drawn(tmp_path):
     assert set(numbers["bits_per_dim"]) == {CLEAN, "FGSM"}
 
 
+def test_every_row_of_the_digits_grid_runs_from_an_empty_folder(tmp_path):
+    grid = replace(GRIDS["digits"], steps=3, images=3, validation=4)
+    text = run(tmp_path, grid, attacks="rand,fgsm")
+    assert "failed" not in text
+    lines = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    assert len(lines) == len(grid.rows) and all(line.count("**") == 2 * 5 for line in lines)
+
+
 def test_a_grid_without_a_bare_pixeldefend_row_is_not_drawn(tmp_path):
     stages = Stages(TINY, datasets.load("digits"), Store(tmp_path))
     assert drawing.draw(stages, tmp_path) == []
