@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from scipy.stats import gaussian_kde, rankdata
 
 from art_pixeldefend.files import write_atomically
-from art_pixeldefend.pictures import as_picture
+from art_pixeldefend.pictures import as_picture, tiled
 
 RIGHT, WRONG = "#1a7f37", "#c62828"
 
@@ -55,6 +55,25 @@ def image_strips(
                 label = labels[name][i]
                 colour = "black" if truth is None else RIGHT if label == truth[i] else WRONG
                 ax.set_xlabel(label, color=colour, fontsize=8, labelpad=2)
+    _save(figure, path)
+
+
+def sample_sheets(path: str | PathLike[str], sheets: Mapping[str, np.ndarray], columns: int = 10) -> None:
+    """Sheets of images, one under the other, each with its name above it (Figures 8 and 9).
+
+    Args:
+        path: of the file.
+        sheets: levels (N, C, H, W) by name, N any.
+        columns: images side by side.
+    """
+    tiles = {name: tiled(images, columns) for name, images in sheets.items()}
+    heights = [tile.shape[1] / tile.shape[2] for tile in tiles.values()]
+    figure = Figure(figsize=(6.4, 6.4 * sum(heights) + 0.4 * len(tiles)), layout="constrained")
+    axes = figure.subplots(len(tiles), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for ax, (name, tile) in zip(axes, tiles.items(), strict=True):
+        ax.imshow(as_picture(tile), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        ax.set_title(name, fontsize=10)
+        ax.axis("off")
     _save(figure, path)
 
 

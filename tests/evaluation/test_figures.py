@@ -24,6 +24,13 @@ def test_strips_show_right_labels_green_and_wrong_ones_red(tmp_path, channels):
         assert (np.abs(pixels - colour).sum(-1) < 30).any()
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sheets_of_any_number_of_images_are_drawn(tmp_path, channels):
+    sheets = {name: RNG.integers(0, 256, (n, channels, 8, 8)).astype(np.uint8) for name, n in (("a", 13), ("b", 4))}
+    figures.sample_sheets(tmp_path / "sheets.png", sheets, columns=5)
+    drawn(tmp_path / "sheets.png")
+
+
 def test_strips_of_different_lengths_are_refused(tmp_path):
     with pytest.raises(ValueError, match="same number"):
         figures.image_strips(tmp_path / "a.png", {"a": np.zeros((2, 1, 4, 4)), "b": np.zeros((3, 1, 4, 4))})

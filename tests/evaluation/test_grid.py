@@ -13,7 +13,7 @@ import pytest
 from art.defences.preprocessor import PixelDefend as ArtsPixelDefend
 
 from art_pixeldefend import datasets
-from art_pixeldefend.evaluation import drawing, runner, store, table
+from art_pixeldefend.evaluation import ascent, drawing, runner, store, table
 from art_pixeldefend.evaluation.art_pixel_defend import ArtPixelDefend, Conditionals
 from art_pixeldefend.evaluation.grid import (
     CLEAN,
@@ -373,12 +373,60 @@ def test_a_finished_grid_is_drawn(tmp_path):
     row = Row("vgg", "normal", "pixeldefend")
     grid = replace(TINY, rows=(row,), eps=(40,), attacks=("fgsm",), images=4, chunk=4)
     stages = Stages(grid, datasets.load("digits"), Store(tmp_path))
-    files = {path.name for path in drawing.draw(stages, tmp_path / "figures", shown=3, reference=20)}
+    files = {path.name for path in drawing.draw(stages, tmp_path / "figures", shown=3, reference=20, samples=3)}
     kinds = ("strips", "likelihoods", "p-values", "roc")
-    assert files == {f"{kind}-40.{ending}" for kind in kinds for ending in ("png", "pdf")} | {"detection.json"}
+    drawn = [f"{kind}-40" for kind in kinds] + ["samples"]
+    assert files == {f"{name}.{ending}" for name in drawn for ending in ("png", "pdf")} | {"detection.json"}
     numbers = json.loads((tmp_path / "figures" / "detection.json").read_text())["eps"]["40"]
     assert set(numbers["auroc"]) == {"FGSM"} and 0 <= numbers["auroc"]["FGSM"] <= 1
-    assert set(numbers["bits_per_dim"]) == {CLEAN, "FGSM"}
+    assert set(numbers["bits_per_dim"]) == {CLEAN, "FGSM"} and "appendix_a" not in numbers  # no noise, no counts
+
+
+def test_appendix_a_counts_as_the_paper_does():
+    clean, noisy = np.linspace(2, 6, 10_000), np.full(10_000, 4.6)
+    noisy[:126] = 4.4
+    clean[:] = 3
+    clean[:175] = 5
+    found = drawing.appendix_a("cifar-10", clean, noisy, 0.08, 0.127)
+    assert (found["above"], found["above_with_noise"], found["threshold_bits_per_dim"]) == (175, 9874, 4.5)
+    # The two accuracies of Appendix A.
+    assert found["accuracy_at_random_above_percent"] == pytest.approx(90.6, abs=0.05)
+    assert found["accuracy_at_random_above_with_noise_percent"] == pytest.approx(11.0, abs=0.05)
+
+
+def test_where_the_paper_has_no_threshold_as_many_clean_images_lie_above_it():
+    clean = np.random.default_rng(0).normal(3, 0.5, 10_000)
+    found = drawing.appendix_a("fashion-mnist", clean, clean + 2, 0.1, 0.1)
+    assert found["above"] == 175 and found["above_with_noise"] > 9_000
+
+
+@pytest.fixture(scope="module")
+def figure_5(tmp_path_factory):
+    row = Row("vgg", "normal", "pixeldefend")
+    grid = replace(TINY, rows=(row,), images=8, attacks=("fgsm",))
+    folder = tmp_path_factory.mktemp("figure")
+    stages, path = Stages(grid, datasets.load("digits"), Store(folder / "store")), folder / "figure5"
+    return stages, path, ascent.figure_5(stages, path, images=2, starts=3, iterations=4)
+
+
+def test_figure_5_has_every_end_point(figure_5):
+    _, path, numbers = figure_5
+    assert np.shape(numbers["bits_per_dim"]["L-BFGS-B"]) == (2, 3)
+    assert all(len(numbers["bits_per_dim"][name]) == 2 for name in ("clean", "FGSM", "greedy decoding"))
+    assert numbers["mean_bits_per_dim"]["greedy decoding"] < numbers["mean_bits_per_dim"]["FGSM"]
+    assert json.loads(path.with_suffix(".json").read_text()) == numbers
+    assert path.with_suffix(".png").is_file() and path.with_suffix(".pdf").is_file()
+
+
+def test_figure_5_keeps_what_it_found(figure_5, monkeypatch, tmp_path):
+    stages, _, numbers = figure_5
+    monkeypatch.setattr(ascent, "ascend", lambda *args, **kwargs: 1 / 0)
+    assert ascent.figure_5(stages, tmp_path / "again", images=2, starts=3, iterations=4) == numbers
+
+
+def test_figure_5_refuses_more_images_than_a_chunk(figure_5, tmp_path):
+    with pytest.raises(ValueError, match="images"):
+        ascent.figure_5(figure_5[0], tmp_path / "figure", images=9)
 
 
 def test_every_row_of_the_digits_grid_runs_from_an_empty_folder(tmp_path):
