@@ -1,15 +1,18 @@
 """Training speed: the trainer's step against a plain eager fp32 NCHW step, alternately in one run, on the same batches.
 
-    python benchmarks/training_speed.py --filters 24 --resnets 2 --out benchmarks/results/training-24x2.json
+    python benchmarks/training_speed.py --filters 24 --resnets 2 --threads 2 --losses 300 \\
+        --out benchmarks/results/training-24x2.json
 
 A training image is a Fashion-MNIST-sized random one unless ``--image-shape`` says otherwise: speed does not depend on
-what an image shows. ``--losses N`` also trains both ways for N steps on digits and compares the losses.
+what an image shows. ``--losses N`` also trains both ways for N steps on digits, from several seeds, and says whether
+the losses differ by more than the seeds make them differ.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import sys
@@ -17,6 +20,7 @@ import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,10 +45,10 @@ def stepper(model: PixelCNNpp, plain: bool, device: torch.device) -> Callable[[t
     return step
 
 
-def build(arguments: argparse.Namespace, images: torch.Tensor) -> PixelCNNpp:
-    """The same model, with the same weights, whenever it is called."""
-    torch.manual_seed(0)
-    model = PixelCNNpp(tuple(images.shape[1:]), arguments.filters, arguments.resnets, dropout=0.0)
+def build(arguments: argparse.Namespace, images: torch.Tensor, seed: int = 0) -> PixelCNNpp:
+    """The same model, with the same weights, whenever it is called with the same seed."""
+    torch.manual_seed(seed)
+    model = PixelCNNpp(tuple(images.shape[1:]), arguments.filters, arguments.resnets, dropout=arguments.dropout)
     model.initialise(images[:16])
     return model
 
@@ -58,7 +62,7 @@ def images_per_second(step: Callable, batch: torch.Tensor, seconds: float) -> fl
     return steps * len(batch) / elapsed
 
 
-def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, float]:
+def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Medians over alternating rounds, and of their ratios."""
     batch = torch.randint(0, 256, (arguments.batch, *arguments.image_shape)).to(torch.uint8).to(device)
     steps = {name: stepper(build(arguments, batch.cpu()), name == "plain", device) for name in ("plain", "trainer")}
@@ -75,18 +79,33 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, fl
     }  # fmt: skip
 
 
-def losses(arguments: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Mean loss of the last 50 steps on digits, both ways."""
+def loss(arguments: argparse.Namespace, device: torch.device, name: str, seed: int) -> float:
+    """Mean bits per dimension of the last 50 steps on digits; the seed is that of weights and dropout."""
     images = torch.from_numpy(datasets.load("digits").x_train)
-    result = {}
-    for name in ("plain", "trainer"):
-        step, generator, seen = stepper(build(arguments, images), name == "plain", device), torch.Generator(), []
-        generator.manual_seed(1)
-        for _ in range(arguments.losses):
-            ids = torch.randint(0, len(images), (arguments.batch,), generator=generator)
-            seen.append(step(images[ids].to(device)).item())
-        result[f"{name}_loss_bits_per_dim"] = round(statistics.mean(seen[-50:]), 4)
-    return result
+    step, order, seen = stepper(build(arguments, images, seed), name == "plain", device), torch.Generator(), []
+    order.manual_seed(0)
+    for _ in range(arguments.losses):
+        ids = torch.randint(0, len(images), (arguments.batch,), generator=order)
+        seen.append(step(images[ids].to(device)).item())
+    return statistics.mean(seen[-50:])
+
+
+def losses(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Losses both ways, and whether their means are within two standard errors of each other."""
+    found = {
+        name: [loss(arguments, device, name, seed) for seed in range(arguments.seeds)] for name in ("plain", "trainer")
+    }
+    difference = statistics.mean(found["trainer"]) - statistics.mean(found["plain"])
+    variance = statistics.mean(statistics.variance(values) for values in found.values())
+    error = math.sqrt(2 * variance / arguments.seeds)
+    equal = abs(difference) <= 2 * error
+    print(
+        f"losses after {arguments.losses} steps {'are equal within noise' if equal else 'DIFFER'}: "
+        f"{difference:+.4f} bits/dim, standard error {error:.4f}"
+    )
+    return {f"{name}_losses_bits_per_dim": [round(value, 4) for value in values] for name, values in found.items()} | {
+        "loss_difference": round(difference, 4), "standard_error": round(error, 4), "equal_within_noise": equal,
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -96,13 +115,17 @@ def main() -> None:
     parser.add_argument("--resnets", type=int, default=2)
     parser.add_argument("--image-shape", type=int, nargs=3, default=(1, 28, 28))
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--dropout", type=float, default=0.5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each round and way")
     parser.add_argument("--losses", type=int, default=0, help="also compare the losses after so many steps on digits")
+    parser.add_argument("--seeds", type=int, default=3, help="of which the losses are compared")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
+    torch.set_num_threads(arguments.threads)
     result = measure(arguments, device)
     if arguments.losses:
         result |= losses(arguments, device)
@@ -112,7 +135,8 @@ def main() -> None:
         "command": " ".join(sys.argv), "date": date.today().isoformat(), "device": hardware,
         "threads": torch.get_num_threads(), "version": __version__, "torch": torch.__version__,
         "settings": {"filters": arguments.filters, "resnets": arguments.resnets, "batch": arguments.batch,
-                     "image_shape": list(arguments.image_shape), "bf16": bf16_pays(device)},
+                     "dropout": arguments.dropout, "image_shape": list(arguments.image_shape),
+                     "bf16": bf16_pays(device)},
         "result": result,
     }  # fmt: skip
     print(json.dumps(record, indent=2))

@@ -11,13 +11,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from art_pixeldefend.density import fused
+from art_pixeldefend.density.fused import Padding
+
 ABOVE = ((2, 3), (1, 1, 1, 0))  # kernel (rows, columns); padding (left, right, top, bottom): the ``u`` stream
 ABOVE_LEFT = ((2, 2), (1, 0, 1, 0))  # the ``ul`` stream
 
 
-def concat_elu(x: Tensor) -> Tensor:
-    """elu of (x, -x), stacked along the channels: (N, C, H, W) to (N, 2 C, H, W)."""
-    return F.elu(torch.cat([x, -x], dim=1))
+def concat_elu(x: Tensor, dropout: float = 0.0, padding: Padding = (0, 0, 0, 0)) -> Tensor:
+    """elu of (x, -x), stacked along the channels; dropout; zeros around it: (N, C, H, W) to (N, 2 C, H', W')."""
+    if fused.applies(x):
+        return fused.concat_elu(x, dropout, padding)
+    y = F.dropout(F.elu(torch.cat([x, -x], dim=1)), dropout)
+    return F.pad(y, padding) if any(padding) else y
+
+
+def gate(x: Tensor, ab: Tensor) -> Tensor:
+    """x + a sigmoid(b), with a and b stacked along the channels: (N, C, H, W) and (N, 2 C, H, W) to (N, C, H, W)."""
+    if fused.applies(x, ab):
+        return fused.gate(x, ab)
+    a, b = ab.chunk(2, dim=1)
+    return x + a * torch.sigmoid(b)
 
 
 class WeightNormConv2d(nn.Module):
@@ -37,7 +51,7 @@ class WeightNormConv2d(nn.Module):
         in_channels: int,
         out_channels: int,
         kernel: tuple[int, int] = (1, 1),
-        padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+        padding: Padding = (0, 0, 0, 0),
         *,
         stride: int = 1,
         transposed: bool = False,
@@ -58,23 +72,26 @@ class WeightNormConv2d(nn.Module):
         norm = self.direction.square().sum(axes, keepdim=True).clamp_min(1e-24).sqrt()
         return self.direction * (self.gain.view(shape) / norm)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) to (N, out_channels, H', W')."""
+    def forward(self, x: Tensor, padded: bool = False) -> Tensor:
+        """(N, in_channels, H, W), with the padding around it if ``padded``, to (N, out_channels, H', W')."""
         if self.transposed:
             # Kernels of 3 columns are centred, so their first output column belongs to no pixel.
             first = (self.direction.shape[-1] - 1) // 2
             y = F.conv_transpose2d(x, self.weight(), self.bias, stride=2)
             return y[..., first : first + 2 * x.shape[-1]]
-        if any(self.padding):
+        if not padded and any(self.padding):
             x = F.pad(x, self.padding)
-        return F.conv2d(x, self.weight(), self.bias, stride=self.stride)
+        # Asked of the weights: where they are laid out and trained for it, the inputs are.
+        fits = fused.applies(self.direction) and self.direction.dtype == torch.float32
+        weight = fused.weight_norm(self.direction, self.gain) if fits else self.weight()
+        return F.conv2d(x, weight, self.bias, stride=self.stride)
 
     @torch.no_grad()
-    def initialise(self, x: Tensor) -> None:
+    def initialise(self, x: Tensor, padded: bool = False) -> None:
         """Set gain and bias so that outputs over the batch ``x`` have mean 0 and deviation ``init_scale``."""
         self.gain.fill_(1.0)
         self.bias.zero_()
-        y = self.forward(x)  # not self(x): this runs inside a hook of that call
+        y = self.forward(x, padded)  # not self(x): this runs inside a hook of that call
         deviation = y.var((0, 2, 3), unbiased=False).sqrt()
         # An output that is the same everywhere (one that sees nothing of a tiny image) would become amplified rounding.
         gain = self.init_scale / torch.where(deviation > 1e-4, deviation, 1.0)
@@ -106,9 +123,8 @@ class GatedResnet(nn.Module):
 
     def forward(self, x: Tensor, aside: Tensor | None = None) -> Tensor:
         """(N, F, H, W) and (N, aside_filters, H, W) to (N, F, H, W)."""
-        y = self.conv_in(concat_elu(x))
+        y = self.conv_in(concat_elu(x, padding=self.conv_in.padding), True)
         if self.skip is not None and aside is not None:
             y = y + self.skip(concat_elu(aside))
-        y = self.conv_out(self.dropout(concat_elu(y)))
-        a, b = y.chunk(2, dim=1)
-        return x + a * torch.sigmoid(b)
+        dropout = self.dropout.p if self.training else 0.0
+        return gate(x, self.conv_out(concat_elu(y, dropout, self.conv_out.padding), True))
