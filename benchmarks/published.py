@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,13 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def publish(
-    grid: Grid, work: Path, results: Path, name: str, head: Callable[[dict[str, Any]], str], data_dir: Path | None
+    grid: Grid,
+    work: Path,
+    results: Path,
+    name: str,
+    head: Callable[[dict[str, Any]], str],
+    data_dir: Path | None,
+    figures: Sequence[str] = ("*",),
 ) -> str:
     """Run what is missing of a grid; then ``NAME.md``, ``.csv``, ``.json`` and ``NAME-FIGURE.png`` into ``results``.
 
@@ -37,6 +43,7 @@ def publish(
         name: its files' stem.
         head: what stands above the table, given the facts.
         data_dir: where the official data files are.
+        figures: patterns of those that are copied, as PNG.
 
     Returns:
         The table as Markdown.
@@ -52,8 +59,8 @@ def publish(
     # A cell a line: what changes from run to run is seen in a diff.
     lines = ",\n".join(json.dumps(cell, sort_keys=True) for cell in cells.values())
     write_atomically(results / f"{name}.json", f'{{"facts": {json.dumps(facts, indent=1)},\n"cells": [\n{lines}\n]}}\n')
-    for figure in sorted((work / "figures").glob("*")):
-        if figure.suffix in (".png", ".json"):
+    for pattern in (*(f"{figure}.png" for figure in figures), "detection.json"):
+        for figure in sorted((work / "figures").glob(pattern)):
             shutil.copyfile(figure, results / f"{name}-{figure.name}")
     return markdown
 
