@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from art_pixeldefend.density import checkpoint, mixture, pretrained
-from art_pixeldefend.density.layers import WeightNormConv2d
+from art_pixeldefend.density.layers import WeightNormConv2d, kept_weights
 from art_pixeldefend.density.network import PixelCNNppNetwork
 from art_pixeldefend.validation import check_count, check_image_shape, check_levels
 
@@ -109,7 +109,7 @@ class PixelCNNpp(nn.Module):
         x = self.as_levels(x)
         out = torch.empty(*x.shape, mixture.LEVELS, device=self.device, dtype=self.dtype)
         z = torch.arange(mixture.LEVELS, device=self.device, dtype=self.dtype)
-        with self.evaluating():
+        with self.evaluating(), kept_weights(self):
             for chunk, result in zip(x.split(SCORING_CHUNK), out.split(SCORING_CHUNK), strict=True):
                 params, pixels = self(chunk).movedim(1, -1), chunk.to(self.dtype).movedim(1, -1)
                 for k in range(self.image_shape[0]):
@@ -129,7 +129,7 @@ class PixelCNNpp(nn.Module):
             ValueError: if ``x`` is not a batch of levels of the model's image shape.
         """
         x = self.as_levels(x)
-        with self.evaluating():
+        with self.evaluating(), kept_weights(self):
             chunks = [self.sub_pixel_log_probs(chunk).double().sum((1, 2, 3)) for chunk in x.split(SCORING_CHUNK)]
         return torch.cat(chunks)
 
@@ -180,12 +180,14 @@ class PixelCNNpp(nn.Module):
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """No dropout inside; the mode found is restored."""
-        was_training = self.training
-        self.eval()
+        training = [module for module in self.modules() if module.training]
+        for module in training:
+            module.training = False
         try:
             yield
         finally:
-            self.train(was_training)
+            for module in training:
+                module.training = True
 
     def as_levels(self, x: Tensor | np.ndarray, name: str = "x") -> Tensor:
         """``x`` checked, as a uint8 tensor on the model's device.

@@ -82,6 +82,27 @@ def test_the_compiled_engine_gives_an_image_the_same_bits_in_any_company(make_mo
     assert torch.equal(together, alone)
 
 
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_a_crew_gives_the_bits_of_one_walker(data):
+    size = st.integers(1, 11)
+    shape = data.draw(st.tuples(st.integers(1, 3), size, size), "shape")
+    torch.manual_seed(data.draw(st.integers(0, 999), "seed"))
+    model = PixelCNNpp(
+        shape, data.draw(st.integers(1, 40), "filters"), data.draw(st.integers(1, 2), "resnets"), 3
+    ).eval()
+    x = torch.randint(0, 256, (1, *shape), dtype=torch.uint8)
+    images = {}
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            images[count] = greedy_decode(model, x, 60, "compiled")
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(images[1], images[2])
+
+
 @pytest.mark.parametrize("filters, resnets, mixtures", [(16, 1, 10), (17, 3, 1), (40, 1, 5), (72, 1, 2)])
 def test_the_compiled_engine_takes_any_width_and_depth(make_model, make_levels, filters, resnets, mixtures):
     model = make_model((1, 6, 6), filters=filters, resnets=resnets, mixtures=mixtures)

@@ -7,43 +7,29 @@ import math
 import numpy as np
 from numba import njit
 
-from art_pixeldefend.decoding.compiled.vectors import BLOCK, call
-from art_pixeldefend.density.mixture import HALF, LEVELS, MAX_LOG_SCALE, MEAN_LIMIT, MIN_LOG_SCALE
+from art_pixeldefend.decoding.compiled.vectors import BLOCK, COLUMNS, INVERSE_SCALE, MEAN, WEIGHT, call
+from art_pixeldefend.density.mixture import LEVELS
 
 WINDOW = -(-LEVELS // BLOCK) * BLOCK  # room for the masses of a window of levels
 SMALLEST = 1e-200  # a best level less likely than that is looked for again in logarithms
-# Columns of the table of components: mean and 1 / scale in levels, weight, 2 weight sinh(h), 2 cosh(h) with
-# h = 1 / (2 scale).
-MEAN, INVERSE_SCALE, WEIGHT, FACTOR, SPREAD = range(5)
 
 compiled = njit(error_model="numpy", nogil=True, no_cpython_wrapper=True)
 
 
 @compiled
-def components(params, pixel, channel, channels, mixtures, table):
-    """The mixture of one channel given the pixel's earlier channels: ``density.mixture.components``."""
-    highest = params[0]
-    for k in range(mixtures):
-        highest = max(highest, params[k])
-    total = 0.0
-    for k in range(mixtures):
-        table[k, WEIGHT] = math.exp(np.float64(params[k]) - highest)
-        total += table[k, WEIGHT]
-    first = 1 + 2 * channels + channel * (channel - 1) // 2
-    for k in range(mixtures):
-        mean = np.float64(params[(1 + channel) * mixtures + k]) * HALF + HALF
-        for earlier in range(channel):
-            coefficient = math.tanh(np.float64(params[(first + earlier) * mixtures + k]))
-            mean += coefficient * (pixel[earlier] - HALF)
-        log_scale = np.float64(params[(1 + channels + channel) * mixtures + k])
-        inverse_scale = math.exp(-min(max(log_scale, MIN_LOG_SCALE), MAX_LOG_SCALE)) / HALF
-        more = math.expm1(inverse_scale / 2)
-        less = more / (1 + more)  # 1 - exp(-h), where h may be tiny
-        table[k, MEAN] = min(max(mean, -MEAN_LIMIT), MEAN_LIMIT)
-        table[k, INVERSE_SCALE] = inverse_scale
-        table[k, WEIGHT] /= total
-        table[k, FACTOR] = table[k, WEIGHT] * (more + less)
-        table[k, SPREAD] = 2 + more - less
+def make_table(mixtures):
+    """Room for a mixture's components: columns MEAN, INVERSE_SCALE, .. of ``vectors``, whole blocks of each."""
+    return np.empty((COLUMNS, -(-mixtures // BLOCK) * BLOCK))
+
+
+@compiled
+def components(kernel, params, pixel, channel, channels, mixtures, table):
+    """The mixture of one channel given the pixel's earlier channels: ``density.mixture.components``.
+
+    ``params`` is the address of the network's outputs.
+    """
+    stride = table.shape[1] * table.itemsize
+    call(kernel, (table.ctypes.data, params, stride, mixtures, channels, channel, pixel.ctypes.data))
 
 
 @compiled
@@ -54,7 +40,7 @@ def best_level(masses, table, mixtures, low, high, mass):
     c = (z - m_k) / s_k, h = 1 / (2 s_k): one exponential, and nothing cancels.
     """
     count = high - low + 1
-    call(masses, (mass.ctypes.data, table.ctypes.data, mixtures, low, count))
+    call(masses, (mass.ctypes.data, table.ctypes.data, table.shape[1] * table.itemsize, mixtures, low, count))
     # Levels 0 and 255 reach to infinity.
     if low == 0:
         mass[0] = end_mass(table, mixtures, 0.5, 1.0)
@@ -74,8 +60,9 @@ def end_mass(table, mixtures, edge, sign):
     """Mass below (sign 1) or above (sign -1) an edge."""
     total = 0.0
     for k in range(mixtures):
-        t = sign * (edge - table[k, MEAN]) * table[k, INVERSE_SCALE]
-        total += table[k, WEIGHT] * math.exp(log_sigmoid(t))
+        t = sign * (edge - table[MEAN, k]) * table[INVERSE_SCALE, k]
+        small = math.exp(-abs(t))
+        total += table[WEIGHT, k] * (1.0 if t > 0 else small) / (1.0 + small)
     return total
 
 
@@ -92,8 +79,8 @@ def best_level_in_logarithms(table, mixtures, low, high):
     for z in range(low, high + 1):
         largest, total = -np.inf, 0.0
         for k in range(mixtures):
-            mean, inverse_scale = table[k, MEAN], table[k, INVERSE_SCALE]
-            log_mass = math.log(table[k, WEIGHT])
+            mean, inverse_scale = table[MEAN, k], table[INVERSE_SCALE, k]
+            log_mass = math.log(table[WEIGHT, k])
             if z < LEVELS - 1:
                 log_mass += log_sigmoid((z + 0.5 - mean) * inverse_scale)
             if z > 0:

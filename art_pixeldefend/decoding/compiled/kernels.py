@@ -33,6 +33,7 @@ class Kernels(NamedTuple):
     activate: Callable
     place: Callable
     gate: Callable
+    mixture: Callable
     masses: Callable
 
 
@@ -81,13 +82,19 @@ def _compile(sources: int) -> Kernels:
         _ = sources
         vectors.gate(ab, ab_step, x, x_step, plain, plain_step, out, out_step, count, filters)
 
-    @cfunc(types.void(*[_int] * 5), cache=True)
-    def masses(mass, table, components, low, count):
+    @cfunc(types.void(*[_int] * 7), cache=True)
+    def mixture(table, params, stride, mixtures, channels, channel, pixel):
+        """The components of a channel given the pixel's earlier channels: ``head.components``."""
+        _ = sources
+        vectors.mixture(table, params, stride, mixtures, channels, channel, pixel)
+
+    @cfunc(types.void(*[_int] * 6), cache=True)
+    def masses(mass, table, stride, components, low, count):
         """Probabilities of ``count`` levels from ``low`` on, the ends of 0..255 excepted: ``head.best_level``."""
         _ = sources
-        vectors.masses(mass, table, components, low, count)
+        vectors.masses(mass, table, stride, components, low, count)
 
-    return Kernels(product, activate, place, gate, masses)
+    return Kernels(product, activate, place, gate, mixture, masses)
 
 
 KERNELS = _compile(SOURCES)

@@ -36,7 +36,7 @@ LAYER = _record(
     "source target skip"
     " u_above u_here u_skip u_bias u_out_above u_out_here u_out_bias"
     " ul_above ul_u ul_here ul_skip ul_bias ul_out_above ul_out_here ul_out_bias"
-    " u_middle ul_middle ul_sums ul_out_sums"
+    " u_middle ul_middle u_sums u_out_sums ul_sums ul_out_sums"
 )
 
 # One resolution: its layers on the way up and down, the nodes where these begin and end; how it is entered, by a
@@ -128,7 +128,7 @@ class Plan:
         self.real_filters = pixel_cnn.filters
         self._weights, self._cache = Weights(), Cache()
         self._nodes: list[tuple] = []
-        self._layers: list[dict[str, int]] = []
+        self._layers: list[tuple[int, dict[str, int]]] = []
         self._levels = [{"height": -(-height >> s), "width": -(-width // 2**s)} for s in range(STAGES)]
         for s, level in enumerate(self._levels):
             level["height"], level["width"] = -(-height // 2**s), -(-width // 2**s)
@@ -137,13 +137,15 @@ class Plan:
         self._way_down(network)
         model |= self._head(network, pixel_cnn)
         cache = self._cache
-        model["scratch"] = cache.take(width * self._padded(2 * self.filters))
+        model["scratch"] = self._sums(0, self.filters)
+        self.layers = _table(self._share_sums(), LAYER)
         # An odd number of cache lines between images: the same pixel of several must not compete for one set of lines.
         model["stride"] = cache.size + ALIGNMENT * (1 - cache.size // ALIGNMENT % 2)
         self.weights = self._weights.pack()
         self.model = _table([model], MODEL)
         self.levels = _table(self._levels, LEVEL)
-        self.layers = _table(self._layers, LAYER)
+        self.layers_of_crew = _table(self._own_sums(), LAYER)
+        self.bytes_of_crew = cache.size
         self.nodes = np.array(self._nodes, dtype=NODE)
 
     @staticmethod
@@ -185,6 +187,19 @@ class Plan:
         f = self.filters
         self._nodes.append(tuple(self._rows(level, floats) for floats in (f, f, 2 * f, 2 * f)))
         return len(self._nodes) - 1
+
+    def _share_sums(self) -> list[dict[str, int]]:
+        """The layers, all with one place for the sums of ``u``: layer by layer it is free again."""
+        shared = {"u_sums": self._sums(0, self.filters), "u_out_sums": self._sums(0, 2 * self.filters)}
+        return [layer | shared for _, layer in self._layers]
+
+    def _own_sums(self) -> list[dict[str, int]]:
+        """The layers, each with a place of its own: a crew has these sums ready before the row begins."""
+        f = self.filters
+        return [
+            layer | {"u_sums": self._sums(level, f), "u_out_sums": self._sums(level, 2 * f)}
+            for level, layer in self._layers
+        ]
 
     # Layers
 
@@ -267,7 +282,7 @@ class Plan:
             "ul_sums": self._sums(level, f),
             "ul_out_sums": self._sums(level, 2 * f),
         }
-        self._layers.append(layer)
+        self._layers.append((level, layer))
         return target
 
     def _shrink(self, stream: Stream, level: int) -> dict[str, int]:

@@ -17,6 +17,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from art_pixeldefend.density.mixture import HALF, MAX_LOG_SCALE, MEAN_LIMIT, MIN_LOG_SCALE
+
 _FEATURES = llvm.get_host_cpu_features()
 _WIDE = bool(_FEATURES.get("avx512f"))
 LANES = 16 if _WIDE else 8  # floats to a vector of a matrix product
@@ -24,7 +26,10 @@ LANES = 16 if _WIDE else 8  # floats to a vector of a matrix product
 ROWS = (14, 13, 8, 6) if _WIDE else (12, 6, 4)
 BLOCK = 8  # numbers to a vector of the functions; feature maps come in multiples of that
 AHEAD = 2048  # bytes of weights to ask for before they are read: they come from far when a row begins
-COLUMNS = 5  # of the table of a mixture's components
+# Columns of the table of a mixture's components: mean and 1 / scale in levels, weight, 2 weight sinh(h), 2 cosh(h)
+# with h = 1 / (2 scale).
+MEAN, INVERSE_SCALE, WEIGHT, FACTOR, SPREAD = range(5)
+COLUMNS = 5
 
 INT = ir.IntType(64)
 INT32 = ir.IntType(32)
@@ -39,9 +44,9 @@ class Vector:
         self.builder, self.value, self.type = builder, value, value.type
 
     @classmethod
-    def load(cls, builder: ir.IRBuilder, address: ir.Value, lanes: int) -> Vector:
-        """So many floats from an address."""
-        pointer = builder.inttoptr(address, ir.VectorType(FLOAT, lanes).as_pointer())
+    def load(cls, builder: ir.IRBuilder, address: ir.Value, lanes: int, number: ir.Type = FLOAT) -> Vector:
+        """So many floats, or doubles, from an address."""
+        pointer = builder.inttoptr(address, ir.VectorType(number, lanes).as_pointer())
         return cls(builder, builder.load(pointer, align=4))
 
     def store(self, address: ir.Value) -> None:
@@ -86,13 +91,31 @@ class Vector:
         positive = self.builder.fcmp_ordered(">", self.value, self._constant(0.0))
         return self._new(self.builder.select(positive, self._of(yes), self._of(no)))
 
+    def constant(self, number: float) -> Vector:
+        """The number in every lane."""
+        return self._new(self._constant(number))
+
+    def widened(self) -> Vector:
+        """Floats as doubles."""
+        return self._new(self.builder.fpext(self.value, ir.VectorType(DOUBLE, self.type.count)))
+
+    def tanh(self) -> Vector:
+        """To rounding of 1: (1 - e) / (1 + e) with e = exp(-2 |self|), and the sign."""
+        small = (self * 2.0).exp_of_minus_magnitude()
+        size = (self.constant(1.0) - small) / (small + 1.0)
+        return self.where_positive(size, -size)
+
+    def at_most(self, most: float) -> Vector:
+        """The smaller of self and a number."""
+        return -(-self).at_least(-most)
+
     def at_least(self, least: float) -> Vector:
         """The larger of self and a number."""
         above = self.builder.fcmp_ordered(">", self.value, self._constant(least))
         return self._new(self.builder.select(above, self.value, self._constant(least)))
 
     def exp(self) -> Vector:
-        """e to the power of self, for self <= 0, to rounding; smallest normal numbers instead of smaller ones."""
+        """e to the power of self, for self <= 80, to rounding; smallest normal numbers instead of smaller ones."""
         single = self.type.element == FLOAT
         mantissa, bias, lowest, terms = (23, 127, -87.0, 8) if single else (52, 1023, -708.0, 13)
         integers = ir.VectorType(INT32 if single else INT, self.type.count)
@@ -134,13 +157,13 @@ def _plus(builder: ir.IRBuilder, address: ir.Value, distance: ir.Value | int) ->
     return builder.add(address, ir.Constant(INT, distance) if isinstance(distance, int) else distance)
 
 
-def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
-    """Ask for data that is soon to be read, into the first-level cache."""
+def _prefetch(builder: ir.IRBuilder, address: ir.Value, write: bool = False) -> None:
+    """Ask for data that is soon to be read, or changed, into the first-level cache."""
     pointer = ir.IntType(8).as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [pointer, INT32, INT32, INT32])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    read, near, data = (ir.Constant(INT32, number) for number in (0, 3, 1))
-    builder.call(function, [builder.inttoptr(address, pointer), read, near, data])
+    change, near, data = (ir.Constant(INT32, number) for number in (int(write), 3, 1))
+    builder.call(function, [builder.inttoptr(address, pointer), change, near, data])
 
 
 def _kernel(body: Callable[..., None], *arguments: types.Type) -> tuple:
@@ -274,7 +297,83 @@ def gate(typingctx, ab, ab_step, x, x_step, plain, plain_step, out, out_step, co
     return _kernel(_gate, *[types.int64] * 10)
 
 
-def _masses(builder, mass, table, components, low, count) -> None:
+def _mixture(builder, table, params, stride, mixtures, channels, channel, pixel) -> None:
+    """See :func:`mixture`; columns of the table are ``stride`` bytes apart."""
+    vector = ir.VectorType(DOUBLE, BLOCK)
+    lanes = Vector(builder, ir.Constant(vector, [float(lane) for lane in range(BLOCK)]))
+    number = _spread(builder, builder.sitofp(mixtures, DOUBLE), vector)
+    blocks = builder.sdiv(_plus(builder, mixtures, BLOCK - 1), ir.Constant(INT, BLOCK))
+    one, zero = ir.Constant(INT, 1), ir.Constant(INT, 0)
+    first = builder.add(builder.mul(channels, ir.Constant(INT, 2)), one)
+    before = builder.sdiv(builder.mul(channel, builder.sub(channel, one)), ir.Constant(INT, 2))
+
+    def parameters(stretch: ir.Value, block: ir.Value) -> Vector:
+        index = builder.add(builder.mul(stretch, mixtures), builder.mul(block, ir.Constant(INT, BLOCK)))
+        return Vector.load(builder, _plus(builder, params, builder.mul(index, ir.Constant(INT, 4))), BLOCK).widened()
+
+    def column(which: int, block: ir.Value) -> ir.Value:
+        place = builder.add(table, builder.mul(stride, ir.Constant(INT, which)))
+        return _plus(builder, place, builder.mul(block, ir.Constant(INT, 8 * BLOCK)))
+
+    highest = cgutils.alloca_once_value(builder, ir.Constant(FLOAT, -math.inf))
+    with cgutils.for_range(builder, mixtures) as k:
+        address = _plus(builder, params, builder.mul(k.index, ir.Constant(INT, 4)))
+        weight = builder.load(builder.inttoptr(address, FLOAT.as_pointer()), align=4)
+        more = builder.fcmp_ordered(">", weight, builder.load(highest))
+        builder.store(builder.select(more, weight, builder.load(highest)), highest)
+    most = _spread(builder, builder.fpext(builder.load(highest), DOUBLE), vector)
+    mean = cgutils.alloca_once(builder, vector)
+    with cgutils.for_range(builder, blocks) as block:
+        at = block.index
+        there = number - (
+            lanes + _spread(builder, builder.sitofp(builder.mul(at, ir.Constant(INT, BLOCK)), DOUBLE), vector)
+        )
+        there.where_positive((parameters(zero, at) - most).exp(), 0.0).store(column(WEIGHT, at))
+        own = parameters(builder.add(channel, one), at)
+        builder.store(own.times_plus(HALF, HALF).value, mean)
+        with cgutils.for_range(builder, channel) as earlier:
+            coefficient = parameters(builder.add(builder.add(first, before), earlier.index), at).tanh()
+            address = _plus(builder, pixel, builder.mul(earlier.index, ir.Constant(INT, 8)))
+            value = _spread(builder, builder.load(builder.inttoptr(address, DOUBLE.as_pointer())), vector) - HALF
+            builder.store(coefficient.times_plus(value, Vector(builder, builder.load(mean))).value, mean)
+        Vector(builder, builder.load(mean)).at_least(-MEAN_LIMIT).at_most(MEAN_LIMIT).store(column(MEAN, at))
+        log_scale = parameters(builder.add(builder.add(one, channels), channel), at)
+        inverse_scale = (-log_scale.at_least(MIN_LOG_SCALE).at_most(MAX_LOG_SCALE)).exp() * (1 / HALF)
+        inverse_scale.store(column(INVERSE_SCALE, at))
+        half = inverse_scale * 0.5
+        less = (-half).exp()
+        more = less.constant(1.0) / less
+        (more + less).store(column(SPREAD, at))
+        # 2 sinh(h): the difference of two exponentials loses digits where h is small; a series does not.
+        square, series = half * half, half.constant(1.0)
+        for order in range(12, 0, -2):
+            series = (square * (1 / (order * (order + 1)))).times_plus(series, 1.0)
+        (half - 0.5).where_positive(more - less, half * 2.0 * series).store(column(FACTOR, at))
+    _normalise(builder, column, mixtures, blocks)
+
+
+def _normalise(builder, column, mixtures, blocks) -> None:
+    """Divide the weights by their sum, and let the factors have them."""
+    zero, total = ir.Constant(INT, 0), cgutils.alloca_once_value(builder, ir.Constant(DOUBLE, 0.0))
+    with cgutils.for_range(builder, mixtures) as k:
+        address = _plus(builder, column(WEIGHT, zero), builder.mul(k.index, ir.Constant(INT, 8)))
+        weight = builder.load(builder.inttoptr(address, DOUBLE.as_pointer()))
+        builder.store(builder.fadd(builder.load(total), weight), total)
+    whole = _spread(builder, builder.load(total), ir.VectorType(DOUBLE, BLOCK))
+    with cgutils.for_range(builder, blocks) as block:
+        weight = Vector.load(builder, column(WEIGHT, block.index), BLOCK, DOUBLE) / whole
+        weight.store(column(WEIGHT, block.index))
+        factor = Vector.load(builder, column(FACTOR, block.index), BLOCK, DOUBLE)
+        (factor * weight).store(column(FACTOR, block.index))
+
+
+@intrinsic
+def mixture(typingctx, table, params, stride, mixtures, channels, channel, pixel):
+    """Columns MEAN, INVERSE_SCALE, WEIGHT, FACTOR and SPREAD of a channel's components: ``head.components``."""
+    return _kernel(_mixture, *[types.int64] * 7)
+
+
+def _masses(builder, mass, table, stride, components, low, count) -> None:
     vector = ir.VectorType(DOUBLE, BLOCK)
     lanes = Vector(builder, ir.Constant(vector, [float(lane) for lane in range(BLOCK)]))
     blocks = builder.sdiv(_plus(builder, count, BLOCK - 1), ir.Constant(INT, BLOCK))
@@ -284,10 +383,13 @@ def _masses(builder, mass, table, components, low, count) -> None:
         z = _spread(builder, builder.sitofp(builder.add(low, index), DOUBLE), vector) + lanes
         builder.store(ir.Constant(vector, [0.0] * BLOCK), total)
         with cgutils.for_range(builder, components) as k:
-            row = _plus(builder, table, builder.mul(k.index, ir.Constant(INT, 8 * COLUMNS)))
-            pointers = [builder.inttoptr(_plus(builder, row, 8 * i), DOUBLE.as_pointer()) for i in range(COLUMNS)]
-            mean, inverse_scale, _, factor, spread = (
-                _spread(builder, builder.load(pointer), vector) for pointer in pointers
+            row = _plus(builder, table, builder.mul(k.index, ir.Constant(INT, 8)))
+            mean, inverse_scale, factor, spread = (
+                _spread(builder, builder.load(builder.inttoptr(address, DOUBLE.as_pointer())), vector)
+                for address in (
+                    _plus(builder, row, builder.mul(stride, ir.Constant(INT, which)))
+                    for which in (MEAN, INVERSE_SCALE, FACTOR, SPREAD)
+                )
             )
             small = ((z - mean) * inverse_scale).exp_of_minus_magnitude()
             part = factor * small / small.times_plus(small + spread, 1.0)
@@ -297,13 +399,24 @@ def _masses(builder, mass, table, components, low, count) -> None:
 
 
 @intrinsic
-def masses(typingctx, mass, table, components, low, count):
+def masses(typingctx, mass, table, stride, components, low, count):
     """mass[i] = sum over components of factor / (spread + 2 cosh((low + i - mean) inverse_scale)), doubles.
 
-    The ``table`` has a row (mean, inverse_scale, weight, factor, spread) for each component. At least ``count`` masses
-    are computed: whole vectors of :data:`BLOCK`.
+    The ``table`` has columns MEAN, INVERSE_SCALE, .., ``stride`` bytes apart. At least ``count`` masses are computed:
+    whole vectors of :data:`BLOCK`.
     """
-    return _kernel(_masses, *[types.int64] * 5)
+    return _kernel(_masses, *[types.int64] * 6)
+
+
+def _ask_for(builder, address, vectors) -> None:
+    with cgutils.for_range(builder, vectors) as vector:
+        _prefetch(builder, _plus(builder, address, builder.mul(vector.index, ir.Constant(INT, 4 * LANES))), write=True)
+
+
+@intrinsic
+def ask_for(typingctx, address, vectors):
+    """Have so many vectors fetched that are soon to be changed: another core may have written them."""
+    return _kernel(_ask_for, types.int64, types.int64)
 
 
 @intrinsic
