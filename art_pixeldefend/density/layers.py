@@ -7,6 +7,9 @@ in row i, the columns left of j. A convolution keeps a stream causal by where it
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,6 +66,7 @@ class WeightNormConv2d(nn.Module):
         self.direction = nn.Parameter(torch.randn(*channels, *kernel) * 0.05)
         self.gain = nn.Parameter(torch.ones(out_channels))
         self.bias = nn.Parameter(torch.zeros(out_channels))
+        self._kept: Tensor | None = None
 
     def weight(self) -> Tensor:
         """The effective weights, in the layout of ``conv2d`` (or ``conv_transpose2d``)."""
@@ -77,14 +81,18 @@ class WeightNormConv2d(nn.Module):
         if self.transposed:
             # Kernels of 3 columns are centred, so their first output column belongs to no pixel.
             first = (self.direction.shape[-1] - 1) // 2
-            y = F.conv_transpose2d(x, self.weight(), self.bias, stride=2)
+            y = F.conv_transpose2d(x, self._current_weight(), self.bias, stride=2)
             return y[..., first : first + 2 * x.shape[-1]]
         if not padded and any(self.padding):
             x = F.pad(x, self.padding)
-        # Asked of the weights: where they are laid out and trained for it, the inputs are.
-        fits = fused.applies(self.direction) and self.direction.dtype == torch.float32
-        weight = fused.weight_norm(self.direction, self.gain) if fits else self.weight()
-        return F.conv2d(x, weight, self.bias, stride=self.stride)
+        return F.conv2d(x, self._current_weight(), self.bias, stride=self.stride)
+
+    def _current_weight(self) -> Tensor:
+        if self._kept is not None:
+            return self._kept
+        if not self.transposed and self.direction.dtype == torch.float32 and fused.applies(self.direction):
+            return fused.weight_norm(self.direction, self.gain)
+        return self.weight()
 
     @torch.no_grad()
     def initialise(self, x: Tensor, padded: bool = False) -> None:
@@ -97,6 +105,20 @@ class WeightNormConv2d(nn.Module):
         gain = self.init_scale / torch.where(deviation > 1e-4, deviation, 1.0)
         self.bias.copy_(-y.mean((0, 2, 3)) * gain)
         self.gain.copy_(gain)
+
+
+@contextmanager
+def kept_weights(module: nn.Module) -> Iterator[None]:
+    """Each layer's weights computed once for as long as the context lasts: its parameters must not change meanwhile."""
+    layers = [layer for layer in module.modules() if isinstance(layer, WeightNormConv2d)]
+    with torch.no_grad():
+        for layer in layers:
+            layer._kept = layer.weight()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._kept = None
 
 
 def pointwise(in_channels: int, out_channels: int) -> WeightNormConv2d:

@@ -182,3 +182,22 @@ def test_what_is_no_batch_of_levels_is_refused_by_name(make_model, x):
     for method in (model.log_prob, model.bits_per_dim, model.conditional_log_probs, model.initialise):
         with pytest.raises(ValueError, match=r"^x must"):
             method(x)
+
+
+@pytest.mark.parametrize("size", [1, 7, 16, 40])
+def test_scores_do_not_depend_on_how_many_images_are_scored_at_a_time(make_model, make_levels, size):
+    model, x = make_model((3, 8, 8)), make_levels(40, (3, 8, 8))
+    in_pieces = torch.cat([model.bits_per_dim(x[first : first + size]) for first in range(0, 40, size)])
+    assert (in_pieces - model.bits_per_dim(x)).abs().max() < 1e-5
+
+
+def test_a_score_is_of_the_weights_at_the_time(make_model, make_levels):
+    """Scoring keeps the layers' weights for its duration, and not a moment longer."""
+    model, x = make_model((1, 6, 6)), make_levels(3, (1, 6, 6))
+    before = model.bits_per_dim(x)
+    with torch.no_grad():
+        model.network.head.gain.mul_(1.1)
+    assert not torch.allclose(model.bits_per_dim(x), before)
+    with torch.no_grad():
+        model.network.head.gain.div_(1.1)
+    assert torch.allclose(model.bits_per_dim(x), before, atol=1e-5)

@@ -1,0 +1,116 @@
+"""Scoring speed: ``bits_per_dim`` against the network's forward passes alone, alternately in one run, same images.
+
+    python benchmarks/scoring_speed.py --images 10000 --threads 2 --out benchmarks/results/scoring-24x2.json
+
+The forward passes are the fastest of several chunk sizes and two memory layouts, chosen by trial. Speed does not depend
+on what an image shows: the images are random.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+from tqdm import tqdm
+
+from art_pixeldefend import PixelCNNpp, __version__
+from art_pixeldefend.files import write_atomically
+
+CHUNKS = (4, 8, 16, 32, 64)
+TRIED = 128  # images, when a chunk size is chosen
+ROUND = 1_000  # images a round: short rounds, so that a disturbance of the machine hits both ways
+
+
+@torch.inference_mode()
+def forward(model: PixelCNNpp, x: Tensor, chunk: int, layout: torch.memory_format) -> None:
+    """The network's passes over ``x``, and nothing else."""
+    for piece in x.split(chunk):
+        model(piece.contiguous(memory_format=layout))
+
+
+def seconds(function: Callable[[], Any], device: torch.device) -> float:
+    """Of one call."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def fastest_forward(model: PixelCNNpp, x: Tensor) -> tuple[int, torch.memory_format]:
+    """Chunk size and memory layout of the fastest passes."""
+    times = {}
+    for how in product(CHUNKS, (torch.contiguous_format, torch.channels_last)):
+        attempt = partial(forward, model, x[:TRIED], *how)
+        attempt()
+        times[how] = min(seconds(attempt, model.device) for _ in range(2))
+    return min(times, key=times.__getitem__)
+
+
+def measure(model: PixelCNNpp, x: Tensor) -> dict[str, Any]:
+    """Totals over all images, and the median over rounds of the ratio."""
+    how = fastest_forward(model, x)
+    forwards, scores = [], []
+    for piece in tqdm(x.split(ROUND), unit="round"):
+        forwards.append(seconds(partial(forward, model, piece, *how), model.device))
+        scores.append(seconds(partial(model.bits_per_dim, piece), model.device))
+    ratios = [score / alone for score, alone in zip(scores, forwards, strict=True)]
+    return {
+        "forward_chunk": how[0], "forward_layout": str(how[1]).removeprefix("torch."), "images": len(x),
+        "forward_images_per_second": round(len(x) / sum(forwards), 2),
+        "scoring_images_per_second": round(len(x) / sum(scores), 2),
+        "ratio": round(statistics.median(ratios), 3), "ratio_min": round(min(ratios), 3),
+        "ratio_max": round(max(ratios), 3),
+    }  # fmt: skip
+
+
+def some_images(model: PixelCNNpp, count: int) -> Tensor:
+    """Levels (count, C, H, W), random."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, *model.image_shape), generator=generator).to(torch.uint8).to(model.device)
+
+
+def main(
+    filters: Annotated[int, typer.Option(help="feature maps")] = 24,
+    resnets: Annotated[int, typer.Option(help="gated resnets per stage")] = 2,
+    image_shape: Annotated[tuple[int, int, int], typer.Option(help="channels, height, width")] = (1, 28, 28),
+    images: Annotated[int, typer.Option(help="how many")] = 10_000,
+    threads: Annotated[int | None, typer.Option(help="torch's own choice unless given")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ..")] = "cuda" if torch.cuda.is_available() else "cpu",
+    out: Annotated[Path | None, typer.Option(help="write the figures to this JSON file")] = None,
+) -> None:
+    """Time bits_per_dim against the fastest forward passes, and print the figures."""
+    torch.set_num_threads(threads or torch.get_num_threads())
+    torch.manual_seed(0)
+    model = PixelCNNpp(image_shape, filters, resnets).to(device).eval()
+    x = some_images(model, images)
+    model.initialise(x[:100])
+    cuda = model.device.type == "cuda"
+    hardware = torch.cuda.get_device_name(model.device) if cuda else platform.processor() or platform.machine()
+    record = {
+        "command": " ".join(sys.argv), "date": date.today().isoformat(), "device": hardware,
+        "threads": torch.get_num_threads(), "version": __version__, "torch": torch.__version__,
+        "settings": {"filters": filters, "resnets": resnets, "image_shape": list(image_shape)},
+        "result": measure(model, x),
+    }  # fmt: skip
+    print(json.dumps(record, indent=2))
+    if out:
+        write_atomically(out, json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
