@@ -54,9 +54,10 @@ class Recipe:
         """Stepped once after every optimiser step."""
         if self.milestones:
             return torch.optim.lr_scheduler.MultiStepLR(optimizer, self.milestones)
-        # One more than there are steps: the scheduler also counts the start.
+        total = self.steps + 1  # the scheduler also counts the start
+        rise = max(0.2, 2 / total)  # at least a step, or it divides by zero
         return torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, self.learning_rate, total_steps=self.steps + 1, pct_start=0.2, cycle_momentum=False
+            optimizer, self.learning_rate, total_steps=total, pct_start=rise, cycle_momentum=False
         )
 
 

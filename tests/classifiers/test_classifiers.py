@@ -92,6 +92,17 @@ def test_the_seed_decides_the_trained_weights(technique, digits):
     assert torch.equal(first, same) and not torch.equal(first, other)
 
 
+@pytest.mark.parametrize("steps", range(1, 12))
+def test_the_learning_rate_rises_and_falls_in_any_number_of_steps(steps):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
+    scheduler, rates = Recipe(steps, learning_rate=0.3).scheduler(optimizer), []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step(), scheduler.step()
+    assert min(rates) >= 0 and max(rates) <= 0.3 + 1e-9 and np.isfinite(rates).all()
+    assert steps < 2 or max(rates) == pytest.approx(0.3, rel=0.2)
+
+
 def test_training_leaves_the_global_generators_alone(digits):
     torch.manual_seed(7), np.random.seed(7)
     expected = torch.rand(1).item(), np.random.rand()
