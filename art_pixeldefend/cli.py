@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:  # the commands import what they need when they run: --help answers at once
+    import numpy as np
+
+    from art_pixeldefend.density import PixelCNNpp
+    from art_pixeldefend.evaluation.team import Team
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -78,17 +87,27 @@ def purify(
     batch_size: BatchSize = 128,
     verbose: Verbose = True,
 ) -> None:
-    """Purify images: move every pixel, within eps, to its most likely value."""
-    from art_pixeldefend import AdaptivePixelDefend
+    """Purify images: move every pixel, within eps, to its most likely value.
+
+    Several processes share the images: torchrun --nproc-per-node 2 -m art_pixeldefend purify ...
+    """
+    from art_pixeldefend import AdaptivePixelDefend, PixelDefend
+    from art_pixeldefend.evaluation.team import team
     from art_pixeldefend.image_files import read_images, write_images
 
-    found = read_images(images)
-    defence = AdaptivePixelDefend(
-        (0, 255), eps, model, batch_size=batch_size, threshold=threshold, verbose=verbose
-    )  # fmt: skip
-    purified, _ = defence(found.levels)
-    write_images(out, purified, like=found)
-    typer.echo(f"{len(purified)} images purified into {out}")
+    with team() as processes:
+        found = read_images(images)
+        options: dict = {"batch_size": batch_size, "verbose": verbose and processes.rank == 0}
+        clip_values, pixel_cnn = (0, 255), _model_of(processes, model)
+        if threshold:
+            defence = AdaptivePixelDefend(clip_values, eps, pixel_cnn, threshold=threshold, **options)
+        else:  # likelihoods need not be known
+            defence = PixelDefend(clip_values, eps, pixel_cnn, **options)
+        with _throughput(processes, len(found.levels), verbose):
+            purified = _shared(processes, found.levels, lambda some: defence(some)[0])
+        if processes.rank == 0:
+            write_images(out, purified, like=found)
+            typer.echo(f"{len(purified)} images purified into {out}")
 
 
 @app.command()
@@ -100,15 +119,23 @@ def score(
     batch_size: BatchSize = 128,
     verbose: Verbose = True,
 ) -> None:
-    """Print the mean bits per dimension of images, or of a data set's test images."""
-    from art_pixeldefend import PixelDefendDetector
+    """Print the mean bits per dimension of images, or of a data set's test images.
 
-    found = _images_or_test_images(images, data_dir)
-    detector = PixelDefendDetector(model, (0, 255), batch_size=batch_size, verbose=verbose)
-    bits = detector.bits_per_dim(found.levels)
-    if out:
-        _write_csv(out, {"image": found.names, "bits_per_dim": bits})
-    typer.echo(f"{bits.mean():.4f} bits/dim, mean of {len(bits)} images")
+    Several processes share the images: torchrun --nproc-per-node 2 -m art_pixeldefend score ...
+    """
+    from art_pixeldefend import PixelDefendDetector
+    from art_pixeldefend.evaluation.team import team
+
+    with team() as processes:
+        found = _images_or_test_images(images, data_dir)
+        pixel_cnn, shown = _model_of(processes, model), verbose and processes.rank == 0
+        detector = PixelDefendDetector(pixel_cnn, (0, 255), batch_size=batch_size, verbose=shown)
+        with _throughput(processes, len(found.levels), verbose):
+            bits = _shared(processes, found.levels, detector.bits_per_dim)
+        if processes.rank == 0:
+            if out:
+                _write_csv(out, {"image": found.names, "bits_per_dim": bits})
+            typer.echo(f"{bits.mean():.4f} bits/dim, mean of {len(bits)} images")
 
 
 @app.command()
@@ -211,6 +238,38 @@ def grid(
             dry_run=dry_run, verbose=verbose,
         )
     )  # fmt: skip
+
+
+def _model_of(processes: Team, model: str) -> PixelCNNpp:
+    """The density model, on the process's own GPU where there are GPUs."""
+    import torch
+
+    from art_pixeldefend.defences.purifier import as_pixel_cnn
+
+    gpus = torch.cuda.device_count()
+    return as_pixel_cnn(model, torch.device(f"cuda:{processes.rank % gpus}" if gpus else "cpu"))
+
+
+def _shared(processes: Team, x: np.ndarray, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """``function`` of images ``x`` (N, ...), of which each process computes its share; all of it, in every process."""
+    import numpy as np
+
+    mine = np.array(processes.share(range(len(x))), dtype=int)
+    parts = processes.gather(function(x[mine]))
+    result = np.empty((len(x), *parts[0].shape[1:]), parts[0].dtype)
+    for rank, part in enumerate(parts):
+        result[rank :: processes.world] = part
+    return result
+
+
+@contextmanager
+def _throughput(processes: Team, count: int, verbose: bool) -> Iterator[None]:
+    """Say, beside the progress bar, how many images a second were done by all processes together."""
+    began = time.perf_counter()
+    yield
+    if verbose and processes.rank == 0:
+        rate = count / (time.perf_counter() - began)
+        typer.echo(f"{rate:.1f} images/s, {processes.world} process{'es' * (processes.world > 1)}", err=True)
 
 
 def _images_or_test_images(source: str, data_dir: Path | None):

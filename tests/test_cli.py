@@ -1,4 +1,5 @@
 import csv
+import os
 import subprocess
 import sys
 
@@ -42,6 +43,36 @@ def test_score_prints_the_mean_and_writes_each_image(images, tmp_path, digits_mo
     assert f"{bits.mean():.4f} bits/dim" in result.output
     rows = list(csv.DictReader((tmp_path / "bits.csv").open()))
     np.testing.assert_allclose([float(row["bits_per_dim"]) for row in rows], bits, rtol=1e-6)
+
+
+def two_processes(*arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run(
+        [*command, "-m", "art_pixeldefend", *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def test_two_processes_share_the_images_and_give_the_same(images, tmp_path):
+    alone = run("score", images, "--model", "digits", "--out", tmp_path / "alone.csv", "--quiet")
+    together = two_processes("score", images, "--model", "digits", "--out", tmp_path / "together.csv")
+    assert together.returncode == 0, together.stderr[-2000:]
+    assert together.stdout == alone.output and "2 processes" in together.stderr
+    one, other = (
+        list(csv.DictReader((tmp_path / f"{name}.csv").read_text().splitlines())) for name in ("alone", "together")
+    )
+    assert [row["image"] for row in one] == [row["image"] for row in other]
+    bits = ([float(row["bits_per_dim"]) for row in rows] for rows in (one, other))
+    np.testing.assert_allclose(*bits, atol=1e-5)
+
+
+def test_a_process_without_images_does_no_harm(images, tmp_path):
+    few = tmp_path / "few.npy"
+    np.save(few, np.load(images)[:1])
+    assert run("purify", few, tmp_path / "alone.npy", "--model", "digits", "--quiet").exit_code == 0
+    together = two_processes("purify", few, tmp_path / "together.npy", "--model", "digits", "--quiet")
+    assert together.returncode == 0, together.stderr[-2000:]
+    np.testing.assert_array_equal(np.load(tmp_path / "alone.npy"), np.load(tmp_path / "together.npy"))
 
 
 def test_detect_scores_the_training_images_once(images, tmp_path, monkeypatch):
