@@ -240,7 +240,7 @@ OTHER_ROWS = (
     Row("resnet", "normal", "feature-squeezing", "bare"),
     Row("resnet", "adversarial-fgsm", "feature-squeezing", "bare"),
     Row("resnet", "normal", "art-pixeldefend", "bare", CHEAP, 100),
-    Row("resnet", "normal", "art-pixeldefend", "through", CHEAP, 20),
+    Row("resnet", "normal", "art-pixeldefend", "through", CHEAP, 100),
     Row("resnet", "normal", "pixeldefend", "through", CHEAP, 100),
     Row("vgg", "normal", "pixeldefend", "through", CHEAP, 100),
     Row("resnet", "adversarial-fgsm", "pixeldefend", "through", CHEAP, 100),
