@@ -73,7 +73,8 @@ def greedy_decode(pixel_cnn, x, eps, method="auto", *, batch_size=BATCH_SIZE, ve
     """Move every sub-pixel, within ``eps``, to its most likely level given those already moved (Algorithm 1).
 
     Args:
-        pixel_cnn: the density model.
+        pixel_cnn: the density model. In float32 the answer is exact; after ``pixel_cnn.bfloat16()`` it is not: levels
+            differ at some sub-pixels, ``benchmarks/README.md`` says at how many.
         x: levels (N, C, H, W) of the model's image shape.
         eps: radius in levels, 0..255, around the input's value.
         method: ``"reference"``, ``"fixed-point"``, ``"cached"``, ``"compiled"``, or ``"auto"`` for the fastest that is

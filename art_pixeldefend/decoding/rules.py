@@ -26,6 +26,8 @@ class Rule(ABC):
 
     def choose_pixels(self, params: Tensor, pixels: Tensor, channels: int) -> Tensor:
         """Levels (M, C), channel after channel, of the ``pixels`` (M,) with network outputs ``params`` (M, P)."""
+        if params.dtype in (torch.bfloat16, torch.float16):  # a network of reduced precision; the mixture is not
+            params = params.float()
         x = params.new_zeros(len(params), channels)
         for k in range(channels):
             x[:, k] = self.choose(mixture.components(params, x, k), pixels, k).to(x.dtype)

@@ -58,6 +58,16 @@ def test_engines_agree_on_any_model_and_image(method, data):
     agree(model, x, eps, method, greedy_decode(model, x, eps, "reference"))
 
 
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_rows_and_pixels_of_the_cached_engine_give_the_same_image(make_model, make_levels, shape, monkeypatch):
+    model, x = make_model(shape), torch.from_numpy(make_levels(3, shape))
+    images = []
+    for few in (0, 3):  # pixel by pixel, row by row
+        monkeypatch.setattr(cached, "FEW", few)
+        images.append(greedy_decode(model, x, 60, "cached"))
+    assert torch.equal(*images)
+
+
 @pytest.mark.parametrize("method", ["cached", "compiled"])
 def test_batch_sizes_and_thread_counts_give_the_same_images(make_model, make_levels, method):
     model = make_model((1, 5, 6))
@@ -163,9 +173,10 @@ def test_weights_changed_between_calls_are_seen(make_model, make_levels):
         agree(model, x, 255, method, greedy_decode(model, x, 255, "reference"))
 
 
-def test_no_engine_writes_to_its_input(make_model, make_levels):
+@pytest.mark.parametrize("count", [1, 2])
+def test_no_engine_writes_to_its_input(make_model, make_levels, count):
     model = make_model((1, 5, 5))
-    x = torch.from_numpy(make_levels(2, model.image_shape))
+    x = torch.from_numpy(make_levels(count, model.image_shape))
     before = x.clone()
     for method in ENGINES:
         greedy_decode(model, x, 255, method)

@@ -8,10 +8,10 @@ import numpy as np
 from numba import njit
 
 from art_pixeldefend.decoding.compiled.vectors import BLOCK, COLUMNS, INVERSE_SCALE, MEAN, WEIGHT, call
-from art_pixeldefend.density.mixture import LEVELS
+from art_pixeldefend.density.mixture import LEVELS, SMALLEST
 
 WINDOW = -(-LEVELS // BLOCK) * BLOCK  # room for the masses of a window of levels
-SMALLEST = 1e-200  # a best level less likely than that is looked for again in logarithms
+
 
 compiled = njit(error_model="numpy", nogil=True, no_cpython_wrapper=True)
 

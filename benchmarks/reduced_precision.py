@@ -1,0 +1,82 @@
+"""How far decoding in bfloat16 agrees with decoding in float32.
+
+    python benchmarks/reduced_precision.py --images 1000 --classifier resnet.safetensors --out out.json
+
+Test images with random noise are purified by the model as it is and by ``pixel_cnn.bfloat16()``. The result says which
+share of sub-pixels and of images differs, how likely both results are under the float32 model, how often the classifier
+is right about them, and how long both took.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+
+from art_pixeldefend import PixelCNNpp, classifiers, datasets, greedy_decode
+from art_pixeldefend.evaluation import runner
+from art_pixeldefend.files import write_atomically
+
+
+def purified(model: PixelCNNpp, x: np.ndarray, eps: int) -> tuple[np.ndarray, float]:
+    """Levels (N, C, H, W) and seconds, by the engine that takes any precision."""
+    greedy_decode(model, x[:8], eps, "cached")
+    began = time.perf_counter()
+    return greedy_decode(model, x, eps, "cached", batch_size=256, verbose=True), time.perf_counter() - began
+
+
+def compare(model: PixelCNNpp, x: np.ndarray, y: np.ndarray, eps: int, classifier: Path | None) -> dict[str, Any]:
+    """Both results, and what tells them apart."""
+    network = classifiers.as_art(classifiers.load(classifier)[0]) if classifier else None
+    half = PixelCNNpp(**model.configuration)
+    half.load_state_dict(model.state_dict())
+    levels, facts = {}, {}
+    for name, decoder in (("float32", model), ("bfloat16", half.bfloat16().eval())):
+        levels[name], seconds = purified(decoder, x, eps)
+        facts[name] = {"seconds": round(seconds, 2), "bits_per_dim": float(model.bits_per_dim(levels[name]).mean())}
+        if network is not None:
+            facts[name]["accuracy"] = classifiers.accuracy(network, levels[name].astype(np.float32) / 255, y)
+    differs = levels["float32"] != levels["bfloat16"]
+    return facts | {
+        "sub_pixels_that_differ": float(differs.mean()),
+        "images_that_differ": float(differs.any(axis=(1, 2, 3)).mean()),
+        "mean_difference_in_levels": float(np.abs(levels["float32"].astype(int) - levels["bfloat16"]).mean()),
+    }
+
+
+def main(
+    images: Annotated[int, typer.Option(help="test images, from the first on")] = 1000,
+    model: Annotated[str, typer.Option(help="a bundled model or a checkpoint")] = "fashion-mnist",
+    data: Annotated[str, typer.Option(help="a data set")] = "fashion-mnist",
+    data_dir: Annotated[Path | None, typer.Option(envvar="ART_PIXELDEFEND_DATA", help="the official files")] = None,
+    classifier: Annotated[Path | None, typer.Option(help="a file of classifiers.save")] = None,
+    eps: Annotated[int, typer.Option(help="radius of purification, levels")] = 32,
+    noise: Annotated[int, typer.Option(help="of the images, levels")] = 8,
+    out: Annotated[Path | None, typer.Option(help="JSON file")] = None,
+) -> None:
+    """Decode in both precisions and compare."""
+    bundled = not Path(model).exists()
+    pixel_cnn = PixelCNNpp.from_pretrained(model) if bundled else PixelCNNpp.load(model)
+    test = datasets.load(data, data_dir)
+    clean = test.x_test[:images].astype(int)
+    shift = np.random.default_rng(0).integers(-noise, noise + 1, clean.shape)
+    x = np.clip(clean + shift, 0, 255).astype(np.uint8)
+    result = {
+        "command": " ".join(["python", "benchmarks/reduced_precision.py", *sys.argv[1:]]),
+        "date": date.today().isoformat(), "hardware": runner.hardware(), "threads": torch.get_num_threads(),
+        "model": model, "data": data, "images": len(x), "eps": eps, "noise": noise,
+    } | compare(pixel_cnn, x, test.y_test[:images], eps, classifier)  # fmt: skip
+    typer.echo(json.dumps(result, indent=1))
+    if out:
+        write_atomically(out, json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
