@@ -1,5 +1,8 @@
 """Every engine gives the image of the reference, and a plain pass certifies it."""
 
+import os
+import platform
+import subprocess
 import sys
 from functools import cache
 
@@ -156,6 +159,29 @@ def test_without_numba_the_torch_engine_takes_over(make_model, make_levels, monk
             np.testing.assert_array_equal(greedy_decode(model, x, 16, method), expected)
     finally:
         decode.has_numba.cache_clear()
+
+
+def test_the_compiled_engine_gives_the_same_image_without_wide_vectors(make_model, make_levels, tmp_path):
+    """A process that compiles for a processor with AVX2 (or, elsewhere, none of it) and no AVX-512."""
+    model = make_model((3, 5, 6))
+    model.save(tmp_path / "model.safetensors")
+    np.save(tmp_path / "x.npy", make_levels(3, model.image_shape))
+    code = (
+        "import sys, numpy as np\n"
+        "from art_pixeldefend import PixelCNNpp, greedy_decode\n"
+        "from art_pixeldefend.decoding.compiled.vectors import LANES\n"
+        "assert LANES == 8\n"
+        "model = PixelCNNpp.load(sys.argv[1] + '/model.safetensors')\n"
+        "x = np.load(sys.argv[1] + '/x.npy')\n"
+        "np.save(sys.argv[1] + '/purified.npy', greedy_decode(model, x, 60, 'compiled'))\n"
+    )
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    features = "+sse4.2,+avx,+avx2,+fma" if x86 else ""
+    wide = {"NUMBA_CPU_NAME": "haswell" if x86 else "generic", "NUMBA_CPU_FEATURES": features}
+    env = os.environ | wide | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=env)
+    x, found = (torch.from_numpy(np.load(tmp_path / f"{name}.npy")) for name in ("x", "purified"))
+    assert torch.equal(found, greedy_decode(model, x, 60, "fixed-point"))
 
 
 def test_double_precision_models_are_left_to_torch(make_model, make_levels):

@@ -13,14 +13,15 @@ from collections.abc import Callable, Iterator
 
 import llvmlite.binding as llvm
 from llvmlite import ir
-from numba import types
+from numba import config, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from art_pixeldefend.density.mixture import HALF, MAX_LOG_SCALE, MEAN_LIMIT, MIN_LOG_SCALE
 
-_FEATURES = llvm.get_host_cpu_features()
-_WIDE = bool(_FEATURES.get("avx512f"))
+# What Numba compiles for: NUMBA_CPU_FEATURES, or else the machine.
+_FEATURES = config.CPU_FEATURES if config.CPU_FEATURES is not None else llvm.get_host_cpu_features().flatten()
+_WIDE = "+avx512f" in _FEATURES.split(",")
 LANES = 16 if _WIDE else 8  # floats to a vector of a matrix product
 # Rows of a block of sums that is 1, 2, .. vectors wide: sums, one row of weights and one input fill the registers.
 ROWS = (14, 13, 8, 6) if _WIDE else (12, 6, 4)
