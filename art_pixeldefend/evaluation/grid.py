@@ -268,6 +268,7 @@ GRIDS = {
         (8, 25),
         defences=defences(32, 3),
         pixel_cnn="fashion-mnist",
+        chunk=125,
     ),
     "cifar-10": Grid("cifar-10", PAPER_ROWS + OTHER_ROWS, (2, 8, 16), defences=defences(16, 5), pixel_cnn="cifar-10"),
     # Embedded data, minutes: proves the whole path. A digit has 17 grey values, 16 levels apart, hence the radii.
