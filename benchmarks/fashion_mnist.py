@@ -13,6 +13,8 @@ One row's classifier, BIM training with delta 25, takes longer than all the rest
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +22,7 @@ from typing import Annotated, Any
 import typer
 from published import RESULTS, density_model, publish
 
-from art_pixeldefend.evaluation.grid import GRIDS
+from art_pixeldefend.evaluation.grid import GRIDS, Row
 
 GRID = GRIDS["fashion-mnist"]
 
@@ -31,22 +33,38 @@ def main(
     limit: Annotated[int, typer.Option(help="test images, from the first on")] = GRID.images,
     rows: Annotated[str | None, typer.Option(help="only rows with one of these words; !WORD: without it")] = None,
     attacks: Annotated[str | None, typer.Option(help="only these comma-separated attacks")] = None,
+    fewer: Annotated[list[str], typer.Option(help="NAME=N: the first N images for rows whose name ends so")] = [],  # noqa: B006
     pixel_cnn: Annotated[str, typer.Option(help="density model: a bundled name or a path")] = GRID.pixel_cnn,
     results: Annotated[Path, typer.Option(help="folder for the table")] = RESULTS,
 ) -> None:
     """Regenerate the table."""
     grid = replace(GRID, images=limit, pixel_cnn=pixel_cnn)
+    for name, _, count in (choice.rpartition("=") for choice in fewer):
+        grid = replace(grid, rows=tuple(fewer_images(row, name, int(count)) for row in grid.rows))
     grid = grid.only(rows, tuple(attacks.split(",")) if attacks else None)
     publish(grid, work, results, "fashion-mnist", lambda facts: head(facts, grid.rows), data_dir)
 
 
+def fewer_images(row: Row, name: str, count: int) -> Row:
+    """The row, with fewer images if its name ends so."""
+    return replace(row, images=count) if row.name.endswith(name) else row
+
+
+def command() -> str:
+    """As it was given, its folder of intermediate results aside."""
+    given = ["FOLDER" if before == "--work" else a for before, a in zip(["", *sys.argv], sys.argv, strict=False)][1:]
+    launcher = f"torchrun --nproc-per-node {os.environ['WORLD_SIZE']}" if "RANK" in os.environ else "python"
+    return " ".join([launcher, "benchmarks/fashion_mnist.py", *(repr(a) if "!" in a else a for a in given)])
+
+
 def head(facts: dict[str, Any], rows: tuple) -> str:
     """Above the table: what it is and where it comes from."""
-    missing = [row.name for row in GRID.rows if row not in rows]
+    there = {(row.name, row.eps) for row in rows}
+    missing = [row.name for row in GRID.rows if (row.name, row.eps) not in there]
     left_out = f" Left out: {', '.join(missing)}." if missing and len(missing) < 5 else ""
     return f"""# Fashion-MNIST: attacks and defences beside PixelDefend's Table 1
 
-`python benchmarks/fashion_mnist.py --work FOLDER`, {facts["date"]}, {facts["hardware"]}.
+`{command()}`, {facts["date"]}, {facts["hardware"]}.
 Classifiers: the paper's ResNet-62 and VGG-16 by the quick recipe. Density model: {density_model(facts, 2.7)}.
 PixelDefend: eps 32.{left_out}
 
