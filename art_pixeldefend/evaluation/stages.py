@@ -26,7 +26,6 @@ from art_pixeldefend.evaluation.preprocessors import Step, preprocessor, takes
 from art_pixeldefend.evaluation.store import UNIT, Settings, Store, digest
 
 CALIBRATED = "calibrated"
-CALIBRATION_ATTACKS = ("fgsm", "bim")
 
 
 class Stages:
@@ -123,7 +122,7 @@ class Stages:
         return self.build(self.steps(row))
 
     def threshold(self, row: Row, path: str) -> float:
-        """Of bits per dimension, chosen on validation images under FGSM and BIM of the row's radii; kept.
+        """Of bits per dimension, chosen on validation images under the grid's attacks of the row's radii; kept.
 
         A threshold is the model's and the classifier's, so rows of another threat share it.
         """
@@ -131,13 +130,13 @@ class Stages:
         arguments = dict(dict(self.grid.defences[row.defence])[path])
         settings = {
             "classifier": self.training(row), "pixel_cnn": self.pixel_cnn_key, "defence": path,
-            "arguments": arguments, "eps": list(radii),
+            "arguments": arguments, "eps": list(radii), "attacks": list(self.grid.attacks),
         }  # fmt: skip
         if (kept := self.store.read("thresholds", settings)) is None:
             bare, count = row.classifier, len(self.splits["validation"][1])
             attacked = {
                 f"{attack} {eps}": self.attacked(Cell(bare, attack, eps), 0, count, "validation")
-                for attack in CALIBRATION_ATTACKS
+                for attack in self.grid.attacks
                 for eps in radii
             }
             defence = self.build([(path, arguments | {"threshold": 0.0})])
