@@ -25,7 +25,7 @@ LOCKSTEP = 8  # images that walk together at most: they share each weight that i
 class Latest:
     """The plan of the model that was decoded with last, kept for as long as its parameters stay what they are.
 
-    Their contents are hashed on every call, which takes a tenth of decoding one image: version counters miss changes
+    Their contents are hashed on every call, which takes a twentieth of decoding one: version counters miss changes
     through ``.data``.
     """
 
