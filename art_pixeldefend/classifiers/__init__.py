@@ -1,6 +1,18 @@
 """The paper's image classifiers, and the ways of training them."""
 
 from art_pixeldefend.classifiers.networks import NETWORKS, accuracy, as_art, build, load, save
-from art_pixeldefend.classifiers.training import RECIPES, TECHNIQUES, Recipe, train
+from art_pixeldefend.classifiers.training import RATIO, RECIPES, TECHNIQUES, Recipe, train
 
-__all__ = ["NETWORKS", "RECIPES", "TECHNIQUES", "Recipe", "accuracy", "as_art", "build", "load", "save", "train"]
+__all__ = [
+    "NETWORKS",
+    "RATIO",
+    "RECIPES",
+    "TECHNIQUES",
+    "Recipe",
+    "accuracy",
+    "as_art",
+    "build",
+    "load",
+    "save",
+    "train",
+]

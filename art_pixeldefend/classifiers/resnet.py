@@ -7,7 +7,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from art_pixeldefend.classifiers.layers import Network, Standardise, conv
+from art_pixeldefend.classifiers.layers import BatchNorm, Network, Standardise, conv
 
 
 class ResNet(Network):
@@ -31,7 +31,7 @@ class ResNet(Network):
         self.stem = conv(image_shape[0], width)
         widths = [width] * (units + 1) + [2 * width] * units + [4 * width] * units
         self.units = nn.Sequential(*(Unit(a, b) for a, b in pairwise(widths)))
-        self.norm = nn.BatchNorm2d(4 * width)
+        self.norm = BatchNorm(4 * width)
         self.head = nn.Linear(4 * width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,8 +46,8 @@ class Unit(nn.Module):
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
         self.wider = channels_out - channels_in
-        self.norm1, self.conv1 = nn.BatchNorm2d(channels_in), conv(channels_in, channels_out, 2 if self.wider else 1)
-        self.norm2, self.conv2 = nn.BatchNorm2d(channels_out), conv(channels_out, channels_out)
+        self.norm1, self.conv1 = BatchNorm(channels_in), conv(channels_in, channels_out, 2 if self.wider else 1)
+        self.norm2, self.conv2 = BatchNorm(channels_out), conv(channels_out, channels_out)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, channels_in, H, W) to (N, channels_out, H', W')."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from art_pixeldefend.classifiers.layers import Network, Standardise, conv
+from art_pixeldefend.classifiers.layers import BatchNorm, Network, Standardise, conv
 
 
 class VGG(Network):
@@ -31,7 +31,7 @@ class VGG(Network):
         channels = image_shape[0]
         for factor, count in self.BLOCKS:
             for _ in range(count):
-                layers += [conv(channels, factor * width), nn.BatchNorm2d(factor * width), nn.ReLU()]
+                layers += [conv(channels, factor * width), BatchNorm(factor * width), nn.ReLU()]
                 channels = factor * width
             layers.append(nn.MaxPool2d(2, ceil_mode=True))  # an odd last row or column is kept; 8 x 8 images work too
         self.features = nn.Sequential(*layers, nn.Flatten())

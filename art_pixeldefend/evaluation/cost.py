@@ -53,9 +53,9 @@ def _steps(stages: Stages, cell: Cell) -> tuple:
 
 
 def _passes_a_step(training: str, delta: float | None) -> float:
-    """Gradient passes for an image of a batch; half of it is attacked, by adversarial training."""
+    """Gradient passes for an image of a batch, a part of which adversarial training attacks."""
     steps = {"adversarial-fgsm": 1, "adversarial-bim": bim_steps(delta or 0)}
-    return 1 + (1 + steps[training]) / 2 if training in steps else 1.0
+    return 1 + (1 + steps[training]) * classifiers.RATIO if training in steps else 1.0
 
 
 def _gradient_seconds(stages: Stages, network: str) -> float:

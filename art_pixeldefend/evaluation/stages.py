@@ -64,7 +64,7 @@ class Stages:
             "dataset": grid.dataset, "network": row.network, "sizes": dict(grid.sizes.get(row.network, {})),
             "training": row.training, "recipe": asdict(recipe), "validation": grid.validation, "seed": grid.seed,
         }  # fmt: skip
-        return settings | ({"delta": grid.delta_of(row)} if row.adversarial else {})
+        return settings | ({"delta": grid.delta_of(row), "ratio": classifiers.RATIO} if row.adversarial else {})
 
     def classifiers(self) -> list[Row]:
         """The grid's classifiers, each once, with nothing in front of them."""

@@ -17,7 +17,7 @@ from art_pixeldefend.classifiers import (
     save,
     train,
 )
-from art_pixeldefend.classifiers.layers import Standardise
+from art_pixeldefend.classifiers.layers import BatchNorm, Standardise
 from art_pixeldefend.classifiers.training import shortened
 
 TINY = Recipe(steps=3, batch_size=16, mixed_precision=False, flips=False)
@@ -75,6 +75,20 @@ def test_uniform_images_have_finite_gradients():
     x = torch.full((2, 1, 8, 8), 0.5, requires_grad=True)
     Standardise()(x).square().sum().backward()
     assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_normalisation_with_nothing_to_train_is_torchs(dtype):
+    layer = BatchNorm(4).eval()
+    for values in (layer.weight.data, layer.running_var):
+        values.uniform_(0.5, 2)
+    for values in (layer.bias.data, layer.running_mean):
+        values.normal_()
+    x = torch.randn(3, 4, 5, 5, dtype=dtype)
+    expected = layer(x)
+    found = layer.requires_grad_(False)(x)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
