@@ -77,8 +77,8 @@ def test_uniform_images_have_finite_gradients():
     assert x.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_normalisation_with_nothing_to_train_is_torchs(dtype):
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_normalisation_with_nothing_to_train_is_torchs(dtype, error):
     layer = BatchNorm(4).eval()
     for values in (layer.weight.data, layer.running_var):
         values.uniform_(0.5, 2)
@@ -88,7 +88,7 @@ def test_normalisation_with_nothing_to_train_is_torchs(dtype):
     expected = layer(x)
     found = layer.requires_grad_(False)(x)
     assert found.dtype == dtype
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found, expected, rtol=error, atol=error)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
