@@ -15,6 +15,7 @@ from scipy.optimize import minimize
 
 from art_pixeldefend.attacks.budget import LEVELS, to_levels
 from art_pixeldefend.density import PixelCNNpp
+from art_pixeldefend.density.layers import kept_weights
 from art_pixeldefend.evaluation import figures
 from art_pixeldefend.evaluation.drawing import drawn_row
 from art_pixeldefend.evaluation.grid import Cell
@@ -65,7 +66,8 @@ def ascend(
 
     bounds = np.stack([low.ravel(), high.ravel()], axis=1)
     options = {} if iterations is None else {"maxiter": iterations}
-    found = minimize(objective, start.ravel(), jac=True, method=METHOD, bounds=bounds, options=options)
+    with kept_weights(pixel_cnn):
+        found = minimize(objective, start.ravel(), jac=True, method=METHOD, bounds=bounds, options=options)
     return np.clip(np.rint(found.x.reshape(x.shape)), low, high).astype(np.uint8), found.nfev
 
 
