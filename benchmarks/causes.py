@@ -1,0 +1,167 @@
+"""What stands between the Fashion-MNIST table and the paper's, measured on the images behind it.
+
+    python benchmarks/causes.py --work FOLDER --density-model FILE --density-model FILE
+
+``FOLDER`` is that of ``fashion_mnist.py``; the further density models are worse or better ones than the table's, from
+``art-pixeldefend train``. Each part of the output changes one thing and leaves the rest as it is in the table:
+
+- ``density_models``: the same attacked images purified by each model, beside its bits per dimension;
+- ``eps_defend``: and within other radii;
+- ``thresholds``: of the classifiers behind Adaptive PixelDefend, how many attacked images are right as they are, how
+  many purified, and how many either way, which no threshold can exceed;
+- ``classifiers``: images attacked and purified for one classifier, shown to the others;
+- ``attacks``: how far DeepFool and CW went before they were clipped, and BIM with ten times its steps.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import date
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from published import RESULTS
+
+from art_pixeldefend import PixelCNNpp, datasets, greedy_decode
+from art_pixeldefend.attacks import ATTACKS, make_attack
+from art_pixeldefend.attacks.budget import LEVELS, bim_steps, from_levels, level, to_levels
+from art_pixeldefend.defences.purifier import as_pixel_cnn
+from art_pixeldefend.evaluation import runner
+from art_pixeldefend.evaluation.drawing import drawn_row
+from art_pixeldefend.evaluation.grid import GRIDS, Cell, Row
+from art_pixeldefend.evaluation.stages import Stages
+from art_pixeldefend.evaluation.store import UNIT, Store
+from art_pixeldefend.evaluation.table import title
+from art_pixeldefend.files import write_atomically
+
+EPS_DEFEND = 32  # the table's
+OTHERS = (16, 24, 40, 48, 64)
+STRONG = ("fgsm", "bim")
+ADAPTIVE = "adaptive-pixeldefend"
+
+
+class Causes:
+    """The measurements, each a dictionary of percentages.
+
+    Args:
+        stages: of the grid behind the table.
+        images: the first so many test images.
+    """
+
+    def __init__(self, stages: Stages, images: int) -> None:
+        self.stages, self.images = stages, images
+        self.row = drawn_row(stages.grid) or stages.grid.rows[0]
+        self.y = stages.data.y_test[:images]
+
+    def attacked(self, row: Row, attack: str, eps: int) -> np.ndarray:
+        """A cell's images, from the store."""
+        chunk, cell = self.stages.grid.chunk, Cell(row, attack, eps)
+        starts = range(0, self.images, chunk)
+        return np.concatenate([self.stages.attacked(cell, s, min(chunk, self.images - s)) for s in starts])
+
+    def right(self, row: Row, x: np.ndarray) -> np.ndarray:
+        """Which of the images the row's classifier gets right."""
+        return self.stages.classifier(row.classifier, False).predict(x, batch_size=250).argmax(axis=1) == self.y
+
+    def purified(self, x: np.ndarray, pixel_cnn: PixelCNNpp | None = None, eps: int = EPS_DEFEND) -> np.ndarray:
+        """Images after PixelDefend."""
+        return from_levels(greedy_decode(pixel_cnn or self.stages.pixel_cnn, to_levels(x, UNIT), eps), UNIT)
+
+    @cached_property
+    def strong(self) -> dict[str, np.ndarray]:
+        """The PixelDefend row's images under the attacks that it is weakest against."""
+        return {f"{a} {eps}": self.attacked(self.row, a, eps) for a in STRONG for eps in self.stages.grid.eps}
+
+    def under(self, purify: Callable[[np.ndarray], np.ndarray]) -> dict[str, float]:
+        """Accuracy under each strong attack and on clean images, with a purifier of one's own."""
+        images = {"clean": self.stages.clean(0, self.images)} | self.strong
+        return {name: percent(self.right(self.row, purify(x))) for name, x in images.items()}
+
+    def density_models(self, models: dict[str, PixelCNNpp]) -> dict[str, Any]:
+        """Accuracy by density model."""
+        clean = to_levels(self.stages.clean(0, self.images), UNIT)
+        return {
+            name: {"bits_per_dim": float(model.bits_per_dim(clean).mean())}
+            | self.under(lambda x, model=model: self.purified(x, model))
+            for name, model in models.items()
+        }
+
+    def eps_defend(self) -> dict[str, Any]:
+        """Accuracy by the radius of the defence."""
+        return {str(eps): self.under(lambda x, eps=eps: self.purified(x, eps=eps)) for eps in (EPS_DEFEND, *OTHERS)}
+
+    def thresholds(self) -> dict[str, Any]:
+        """What leaving images alone could gain, for each classifier behind Adaptive PixelDefend."""
+        found: dict[str, Any] = {}
+        for row in (row for row in self.stages.grid.rows if row.defence == ADAPTIVE and row.threat == "bare"):
+            for attack in self.stages.grid.attacks:
+                for eps in self.stages.grid.eps_of(row):
+                    x = self.attacked(row.classifier, attack, eps)
+                    alone, purified = self.right(row, x), self.right(row, self.purified(x))
+                    found.setdefault(title(row), {})[f"{attack} {eps}"] = {
+                        "alone": percent(alone), "purified": percent(purified), "either": percent(alone | purified)
+                    }  # fmt: skip
+        return found
+
+    def classifiers(self) -> dict[str, Any]:
+        """The PixelDefend row's purified images, as each classifier of the grid sees them."""
+        purified = {name: self.purified(x) for name, x in self.strong.items()}
+        return {
+            title(row): {name: percent(self.right(row, x)) for name, x in purified.items()}
+            for row in self.stages.classifiers()
+        }
+
+    def attacks(self) -> dict[str, Any]:
+        """Levels that DeepFool and CW moved the images they fooled, before clipping; BIM with ten times its steps."""
+        chunk, clean, found = self.stages.grid.chunk, self.stages.clean(0, self.images), {}
+        classifier = self.stages.classifier(self.row.classifier, False)
+        for attack in (name for name in self.stages.grid.attacks if not ATTACKS[name].uses_eps):
+            cell = Cell(replace(self.row, defence="none"), attack, LEVELS - 1)  # clipped to nothing
+            starts = range(0, self.images, chunk)
+            x = np.concatenate([self.stages.attacked(cell, s, min(chunk, self.images - s)) for s in starts])
+            moved = np.abs(x - clean).max(axis=(1, 2, 3))[~self.right(self.row, x)] * (LEVELS - 1)
+            found[attack] = {"fooled": len(moved), "levels_quartiles": np.quantile(moved, [0.25, 0.5, 0.75]).tolist()}
+        for eps in self.stages.grid.eps:
+            longer = make_attack("bim", classifier, eps, max_iter=10 * bim_steps(eps), eps_step=level(classifier))
+            x = longer.generate(clean, np.eye(len(self.stages.data.classes), dtype=np.float32)[self.y])
+            found[f"bim {eps}, ten times the steps"] = percent(self.right(self.row, x))
+        return found
+
+
+def percent(right: np.ndarray) -> float:
+    """Of images that are right."""
+    return round(100 * float(right.mean()), 2)
+
+
+def main(
+    work: Annotated[Path, typer.Option(help="the folder of fashion_mnist.py")],
+    density_model: Annotated[list[Path], typer.Option(help="further density models, .safetensors files")] = [],  # noqa: B006
+    images: Annotated[int, typer.Option(help="test images, from the first on")] = 1000,
+    data_dir: Annotated[Path | None, typer.Option(envvar="ART_PIXELDEFEND_DATA", help="the official files")] = None,
+    out: Annotated[Path, typer.Option(help="JSON file")] = RESULTS / "fashion-mnist-causes.json",
+) -> None:
+    """Measure everything."""
+    grid = GRIDS["fashion-mnist"]
+    causes = Causes(Stages(grid, datasets.load(grid.dataset, data_dir), Store(work)), images)
+    models = {grid.pixel_cnn: causes.stages.pixel_cnn} | {
+        path.parent.name: as_pixel_cnn(path) for path in density_model
+    }
+    result = {
+        "command": " ".join(["python", "benchmarks/causes.py", *(Path(a).name for a in sys.argv[1:])]),
+        "date": date.today().isoformat(), "hardware": runner.hardware(), "images": images,
+        "classifier": title(causes.row),
+        "density_models": causes.density_models(models), "eps_defend": causes.eps_defend(),
+        "thresholds": causes.thresholds(), "classifiers": causes.classifiers(), "attacks": causes.attacks(),
+    }  # fmt: skip
+    write_atomically(out, json.dumps(result, indent=1) + "\n")
+    typer.echo(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    typer.run(main)
