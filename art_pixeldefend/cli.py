@@ -221,6 +221,7 @@ def grid(
     ] = None,
     attacks: Annotated[str | None, typer.Option(help="only these comma-separated attacks")] = None,
     limit: Annotated[int | None, typer.Option(help="at most so many test images")] = None,
+    starts: Annotated[int, typer.Option(help="L-BFGS-B's for each image of Figure 5 (the paper: 100); 0: none")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and how long it takes")] = False,
     data_dir: DataDir = None,
     verbose: Verbose = True,
@@ -235,7 +236,7 @@ def grid(
     typer.echo(
         run(
             name, out, data_dir=data_dir, pixel_cnn=model, rows=rows, attacks=attacks, limit=limit,
-            dry_run=dry_run, verbose=verbose,
+            dry_run=dry_run, starts=starts, verbose=verbose,
         )
     )  # fmt: skip
 

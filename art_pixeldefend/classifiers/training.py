@@ -120,7 +120,7 @@ def train(
         classifier, scheduler = _classifier(model, recipe)
         fit = _fit(classifier, technique, delta, seed)
         # Made before standard error is muted for ART's own progress bars, one of which it shows for every batch.
-        bar = tqdm(total=recipe.steps, unit="step", desc=technique, disable=not verbose, file=sys.stderr)
+        bar = tqdm(total=recipe.steps, unit="step", desc=f"train {technique}", disable=not verbose, file=sys.stderr)
         with bar, contextlib.redirect_stderr(io.StringIO()):
             for batch in _batches(len(x), recipe, seed):
                 images = _flip(x[batch.ids], batch.flips).astype(np.float32) / 255

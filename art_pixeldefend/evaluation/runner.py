@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from art_pixeldefend import __version__, datasets
 from art_pixeldefend.evaluation import drawing, table
+from art_pixeldefend.evaluation.ascent import figure_5
 from art_pixeldefend.evaluation.cost import estimate
 from art_pixeldefend.evaluation.grid import GRIDS, Cell, Grid, paper_accuracy
 from art_pixeldefend.evaluation.stages import Stages
@@ -41,6 +42,7 @@ def run(
     limit: int | None = None,
     dry_run: bool = False,
     figures: bool = True,
+    starts: int = 0,
     verbose: bool = True,
 ) -> str:
     """Regenerate a table, or go on with it, and leave ``table.md``, ``table.csv`` and everything behind it in ``out``.
@@ -57,6 +59,8 @@ def run(
         limit: at most so many test images.
         dry_run: say what would be done and about how long it would take, and do nothing.
         figures: draw them into the folder ``figures`` of ``out``, as :func:`drawing.draw` describes.
+        starts: of L-BFGS-B for each image of Figure 5 (the paper: 100), which :func:`ascent.figure_5` draws beside
+            them; 0: no Figure 5, which takes 120 gradients of the density model a start.
         verbose: show progress.
 
     Returns:
@@ -71,6 +75,7 @@ def run(
     if dry_run:
         return estimate(stages)
     with team() as processes:
+        stages.verbose = verbose and processes.rank == 0
         _train(stages, processes)
         results = _cells(stages, store, processes, verbose)
         markdown = table.markdown(grid, results)
@@ -81,6 +86,8 @@ def run(
             if figures and row and all("right" in result for cell, result in results.items() if cell.row == row):
                 drawing.draw(stages, Path(out) / "figures")
         processes.gather(None)
+    if starts:
+        figure_5(stages, Path(out) / "figures" / "figure5", images=min(10, grid.images, grid.chunk), starts=starts)
     return markdown
 
 

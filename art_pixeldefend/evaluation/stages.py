@@ -35,10 +35,11 @@ class Stages:
         grid: what everything follows from.
         data: the grid's data set.
         store: where results are kept.
+        verbose: show a progress bar while a classifier is trained.
     """
 
-    def __init__(self, grid: Grid, data: Dataset, store: Store) -> None:
-        self.grid, self.data, self.store = grid, data, store
+    def __init__(self, grid: Grid, data: Dataset, store: Store, *, verbose: bool = False) -> None:
+        self.grid, self.data, self.store, self.verbose = grid, data, store, verbose
         rest = len(data.x_train) - grid.validation
         self.splits = {
             "train": (data.x_train[:rest], data.y_train[:rest]),
@@ -98,7 +99,9 @@ class Stages:
             )
             recipe = shortened(grid.recipe, grid.steps) if grid.steps else grid.recipe
             delta = grid.delta_of(row) or grid.delta  # training that is not adversarial leaves it unread
-            classifiers.train(model, *self.splits["train"], recipe, row.training, delta=delta, seed=grid.seed)
+            classifiers.train(
+                model, *self.splits["train"], recipe, row.training, delta=delta, seed=grid.seed, verbose=self.verbose
+            )
             classifiers.save(path, model, settings)
         return classifiers.load(path)[0]
 

@@ -424,6 +424,15 @@ def test_figure_5_keeps_what_it_found(figure_5, monkeypatch, tmp_path):
     assert ascent.figure_5(stages, tmp_path / "again", images=2, starts=3, iterations=4) == numbers
 
 
+def test_a_grid_draws_figure_5_if_it_is_told_how_many_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(ascent, "ascend", lambda pixel_cnn, x, *args, **kwargs: (x, 1))
+    grid = replace(TINY, rows=(Row("vgg", "normal", "pixeldefend"),), eps=(8, 40), attacks=("fgsm",), images=4, steps=2)
+    run(tmp_path, grid, starts=2)
+    numbers = json.loads((tmp_path / "figures" / "figure5.json").read_text())
+    assert (numbers["images"], numbers["starts"], numbers["eps_attack"]) == (4, 2, 8)
+    assert (tmp_path / "figures" / "figure5.png").is_file()
+
+
 def test_figure_5_refuses_more_images_than_a_chunk(figure_5, tmp_path):
     with pytest.raises(ValueError, match="images"):
         ascent.figure_5(figure_5[0], tmp_path / "figure", images=9)
