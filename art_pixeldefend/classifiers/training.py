@@ -161,14 +161,14 @@ def _fit(classifier: PyTorchClassifier, technique: str, delta: float, seed: int)
 
 
 class _MixedPrecision(Network):
-    """A network under bf16 autocast, its logits in fp32."""
+    """A network that trains under bf16 autocast, its logits in fp32; the attacks on it are faster in fp32."""
 
     def __init__(self, model: Network) -> None:
         super().__init__()
         self.model, self.configuration = model, model.configuration
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.training):
             return self.model(x).float()
 
 

@@ -31,6 +31,7 @@ class Row:
         images: how many, if not the grid's.
         delta: deviation of adversarial training's radius, in levels, if not the grid's.
         eps: radii of attack to run, in levels, if not the grid's.
+        steps: of the classifier's training, if not the grid's.
     """
 
     network: str = "resnet"
@@ -41,6 +42,7 @@ class Row:
     images: int | None = None
     delta: float | None = None
     eps: tuple[int, ...] | None = None
+    steps: int | None = None
 
     @property
     def name(self) -> str:
@@ -56,7 +58,7 @@ class Row:
     @property
     def classifier(self) -> Row:
         """The same classifier with nothing in front of it."""
-        return Row(self.network, self.training, delta=self.delta)
+        return Row(self.network, self.training, delta=self.delta, steps=self.steps)
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,10 @@ class Grid:
     def delta_of(self, row: Row) -> float | None:
         """The delta that a row's classifier was trained with; None for one that was not trained adversarially."""
         return None if not row.adversarial else self.delta if row.delta is None else row.delta
+
+    def steps_of(self, row: Row) -> int | None:
+        """The training steps of a row's classifier; None for as many as the recipe has."""
+        return self.steps if row.steps is None else row.steps
 
     def images_of(self, row: Row) -> int:
         """How many test images a row is measured on."""

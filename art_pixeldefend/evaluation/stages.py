@@ -16,7 +16,7 @@ from art_pixeldefend import classifiers
 from art_pixeldefend.attacks import ATTACKS, unclipped
 from art_pixeldefend.attacks.budget import clip_to_ball, from_levels
 from art_pixeldefend.classifiers.layers import Network
-from art_pixeldefend.classifiers.training import shortened
+from art_pixeldefend.classifiers.training import Recipe, shortened
 from art_pixeldefend.datasets import Dataset
 from art_pixeldefend.defences import AdaptivePixelDefend
 from art_pixeldefend.defences.purifier import as_pixel_cnn
@@ -60,12 +60,17 @@ class Stages:
     def training(self, row: Row) -> dict[str, Any]:
         """The settings of a row's classifier."""
         grid = self.grid
-        recipe = shortened(grid.recipe, grid.steps) if grid.steps else classifiers.RECIPES[grid.recipe]
+        recipe = self.recipe(row)
         settings = {
             "dataset": grid.dataset, "network": row.network, "sizes": dict(grid.sizes.get(row.network, {})),
             "training": row.training, "recipe": asdict(recipe), "validation": grid.validation, "seed": grid.seed,
         }  # fmt: skip
         return settings | ({"delta": grid.delta_of(row), "ratio": classifiers.RATIO} if row.adversarial else {})
+
+    def recipe(self, row: Row) -> Recipe:
+        """How a row's classifier is trained."""
+        steps = self.grid.steps_of(row)
+        return shortened(self.grid.recipe, steps) if steps else classifiers.RECIPES[self.grid.recipe]
 
     def classifiers(self) -> list[Row]:
         """The grid's classifiers, each once, with nothing in front of them."""
@@ -97,10 +102,15 @@ class Stages:
             model = classifiers.build(
                 row.network, data.image_shape, len(data.classes), seed=grid.seed, **grid.sizes.get(row.network, {})
             )
-            recipe = shortened(grid.recipe, grid.steps) if grid.steps else grid.recipe
             delta = grid.delta_of(row) or grid.delta  # training that is not adversarial leaves it unread
             classifiers.train(
-                model, *self.splits["train"], recipe, row.training, delta=delta, seed=grid.seed, verbose=self.verbose
+                model,
+                *self.splits["train"],
+                self.recipe(row),
+                row.training,
+                delta=delta,
+                seed=grid.seed,
+                verbose=self.verbose,
             )
             classifiers.save(path, model, settings)
         return classifiers.load(path)[0]
