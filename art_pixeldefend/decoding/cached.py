@@ -29,7 +29,7 @@ from art_pixeldefend.density import PixelCNNpp, mixture
 from art_pixeldefend.density.layers import GatedResnet, WeightNormConv2d
 from art_pixeldefend.density.network import STAGES, PixelCNNppNetwork, Stream
 
-FEW = 4  # images up to which whole rows are clearly faster than pixels: benchmarks/README.md
+FEW = 8  # images, of a thread, up to which whole rows are clearly faster than pixels: benchmarks/README.md
 
 
 def decode(pixel_cnn: PixelCNNpp, x: Tensor, rule: Rule) -> Tensor:

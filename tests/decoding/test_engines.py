@@ -65,7 +65,7 @@ def test_engines_agree_on_any_model_and_image(method, data):
 def test_rows_and_pixels_of_the_cached_engine_give_the_same_image(make_model, make_levels, shape, monkeypatch):
     model, x = make_model(shape), torch.from_numpy(make_levels(3, shape))
     images = []
-    for few in (0, 3):  # pixel by pixel, row by row
+    for few in (0, 3):  # pixel by pixel, row by row; memory is laid out accordingly
         monkeypatch.setattr(cached, "FEW", few)
         images.append(greedy_decode(model, x, 60, "cached"))
     assert torch.equal(*images)
