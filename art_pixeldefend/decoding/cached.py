@@ -336,8 +336,8 @@ class Walk:
         like = network.head.bias
         self.image = make_rows(like, height + 2, width + 2, channels + 1, count)
         self.image[2:, 1:-1, -1] = 1.0
-        self.widths = [-(-width // 2**s) for s in range(STAGES)]
-        self._new_node = lambda s: Node(like, self.widths[s], pixel_cnn.filters, count)
+        # The caches are to go when the walk goes, without waiting for the garbage collector: no reference to it here.
+        self._new_node = lambda s: Node(like, -(-width // 2**s), pixel_cnn.filters, count)
         self.up, self.down, self.enter = [], [], []
         nodes = [self._way_up(network, s) for s in range(STAGES)]
         self.last = nodes[-1].pop()

@@ -1,9 +1,11 @@
 """Every engine gives the image of the reference, and a plain pass certifies it."""
 
+import gc
 import os
 import platform
 import subprocess
 import sys
+import weakref
 from functools import cache
 
 import numpy as np
@@ -69,6 +71,17 @@ def test_rows_and_pixels_of_the_cached_engine_give_the_same_image(make_model, ma
         monkeypatch.setattr(cached, "FEW", few)
         images.append(greedy_decode(model, x, 60, "cached"))
     assert torch.equal(*images)
+
+
+def test_the_cached_engines_memory_is_free_when_the_walk_is_over(make_model):
+    walk = cached.Walk(make_model((1, 5, 6)), 2)
+    image = weakref.ref(walk.image)
+    gc.disable()
+    try:
+        del walk
+        assert image() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("method", ["cached", "compiled"])
