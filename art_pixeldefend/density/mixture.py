@@ -115,10 +115,11 @@ def masses(mixture: Components, z: Tensor) -> Tensor:
     weights, means, inverse_scales = mixture.log_weights.exp(), mixture.means, mixture.inverse_scales
     more = torch.expm1(inverse_scales / 2)
     less = more / (1 + more)  # 1 - exp(-h)
-    small = (z.unsqueeze(2) - means.unsqueeze(1)).abs_().mul_(-inverse_scales.unsqueeze(1)).exp_()
-    spread = small + (2 + more - less).unsqueeze(1)
-    parts = small.div_(torch.addcmul(small.new_ones(()), small, spread))
-    total = torch.bmm(parts, (weights * (more + less)).unsqueeze(2)).squeeze(2)
+    # (M, K, L): levels last make long loops.
+    small = z.to(means.dtype).unsqueeze(1) - means.unsqueeze(2)
+    small.abs_().mul_(-inverse_scales.unsqueeze(2)).exp_()
+    below = (small + (2 + more - less).unsqueeze(2)).mul_(small).add_(1)
+    total = torch.bmm((weights * (more + less)).unsqueeze(1), small.div_(below)).squeeze(1)
     # Levels 0 and 255 reach to infinity.
     first = (weights * torch.sigmoid((0.5 - means) * inverse_scales)).sum(dim=1, keepdim=True)
     last = (weights * torch.sigmoid((means - (LEVELS - 1.5)) * inverse_scales)).sum(dim=1, keepdim=True)

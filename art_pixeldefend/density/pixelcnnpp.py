@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from art_pixeldefend.density import checkpoint, mixture, pretrained
 from art_pixeldefend.density.layers import WeightNormConv2d, kept_weights
 from art_pixeldefend.density.network import PixelCNNppNetwork
+from art_pixeldefend.density.precision import full_float32
 from art_pixeldefend.validation import check_count, check_image_shape, check_levels
 
 SCORING_CHUNK = 16  # images a pass: on a CPU larger ones lose more to memory allocation than they gain
@@ -179,12 +180,13 @@ class PixelCNNpp(nn.Module):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """No dropout inside; the mode found is restored."""
+        """No dropout inside, and float32 in full precision on any device; the mode and settings found are restored."""
         training = [module for module in self.modules() if module.training]
         for module in training:
             module.training = False
         try:
-            yield
+            with full_float32():
+                yield
         finally:
             for module in training:
                 module.training = True

@@ -1,9 +1,11 @@
 """Every engine gives the image of the reference, and a plain pass certifies it."""
 
+import gc
 import os
 import platform
 import subprocess
 import sys
+import weakref
 from functools import cache
 
 import numpy as np
@@ -65,10 +67,21 @@ def test_engines_agree_on_any_model_and_image(method, data):
 def test_rows_and_pixels_of_the_cached_engine_give_the_same_image(make_model, make_levels, shape, monkeypatch):
     model, x = make_model(shape), torch.from_numpy(make_levels(3, shape))
     images = []
-    for few in (0, 3):  # pixel by pixel, row by row
+    for few in (0, 3):  # pixel by pixel, row by row; memory is laid out accordingly
         monkeypatch.setattr(cached, "FEW", few)
         images.append(greedy_decode(model, x, 60, "cached"))
     assert torch.equal(*images)
+
+
+def test_the_cached_engines_memory_is_free_when_the_walk_is_over(make_model):
+    walk = cached.Walk(make_model((1, 5, 6)), 2)
+    image = weakref.ref(walk.image)
+    gc.disable()
+    try:
+        del walk
+        assert image() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("method", ["cached", "compiled"])

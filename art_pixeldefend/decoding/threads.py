@@ -1,0 +1,33 @@
+"""Images shared out among threads: what is done at a pixel is too little for torch to share it out well itself."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+_sharing = threading.Lock()
+
+
+def share_out(work: Callable[[int, int], Tensor], count: int, device: torch.device) -> Tensor:
+    """``work(first, end)`` of the images 0..count, put together: on a CPU with as many threads as torch would use.
+
+    Each has its part of the images, and no other threads inside torch's operations. Torch keeps the number of threads
+    of its own loops for each thread (one that starts takes over what was set last), that of MKL for all of them: it is
+    set before they start, and set back when they are done. Meanwhile another call's threads have to wait.
+    """
+    threads = torch.get_num_threads()
+    parts = min(threads, count) if device.type == "cpu" else 1
+    if parts < 2:
+        return work(0, count)
+    edges = [count * part // parts for part in range(parts + 1)]
+    with _sharing:
+        torch.set_num_threads(1)
+        try:
+            with ThreadPoolExecutor(parts) as pool:
+                return torch.cat(list(pool.map(work, edges[:-1], edges[1:])))
+        finally:
+            torch.set_num_threads(threads)
