@@ -219,6 +219,26 @@ def test_weights_changed_between_calls_are_seen(make_model, make_levels):
         agree(model, x, 255, method, greedy_decode(model, x, 255, "reference"))
 
 
+@pytest.mark.parametrize("many", [0, 1 << 40], ids=["two threads", "one thread"])
+def test_the_fingerprint_sees_a_change_of_any_parameter_and_no_thread_count(make_model, many, monkeypatch):
+    from art_pixeldefend.decoding.compiled import fingerprint as module
+
+    model = make_model((1, 5, 5))
+    expected = module.fingerprint(model)
+    monkeypatch.setattr(module, "MANY", many)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert module.fingerprint(model) == expected
+        for parameter in model.parameters():
+            parameter.data.view(-1)[-1] += 1.0
+            changed = module.fingerprint(model)
+            assert changed != expected
+            expected = changed
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_no_engine_writes_to_its_input(make_model, make_levels, count):
     model = make_model((1, 5, 5))
