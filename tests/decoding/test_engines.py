@@ -129,6 +129,26 @@ def test_a_crew_gives_the_bits_of_one_walker(data):
     assert torch.equal(images[1], images[2])
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system lets no thread choose its cores")
+@pytest.mark.parametrize("filters, shape", [(8, (1, 9, 9)), (72, (3, 6, 5))], ids=["narrow", "wide"])
+def test_a_crew_on_one_core_gives_the_same_bits(make_model, make_levels, filters, shape):
+    """Each member then stops in the middle of its work, and other pieces are left to be shared out."""
+    model = make_model(shape, filters=filters, resnets=1)
+    x = torch.from_numpy(make_levels(1, shape))
+    threads, cores = torch.get_num_threads(), os.sched_getaffinity(0)
+    images = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            images.append(greedy_decode(model, x, 60, "compiled"))
+        os.sched_setaffinity(0, {min(cores)})
+        images += [greedy_decode(model, x, 60, "compiled") for _ in range(3)]
+    finally:
+        os.sched_setaffinity(0, cores)
+        torch.set_num_threads(threads)
+    assert all(torch.equal(image, images[0]) for image in images[1:])
+
+
 @pytest.mark.parametrize("filters, resnets, mixtures", [(16, 1, 10), (17, 3, 1), (40, 1, 5), (72, 1, 2)])
 def test_the_compiled_engine_takes_any_width_and_depth(make_model, make_levels, filters, resnets, mixtures):
     model = make_model((1, 6, 6), filters=filters, resnets=resnets, mixtures=mixtures)
@@ -210,6 +230,26 @@ def test_weights_changed_between_calls_are_seen(make_model, make_levels):
         greedy_decode(model, x, 255, method)
         model.network.head.bias.data.add_(0.5)
         agree(model, x, 255, method, greedy_decode(model, x, 255, "reference"))
+
+
+@pytest.mark.parametrize("many", [0, 1 << 40], ids=["two threads", "one thread"])
+def test_the_fingerprint_sees_a_change_of_any_parameter_and_no_thread_count(make_model, many, monkeypatch):
+    from art_pixeldefend.decoding.compiled import fingerprint as module
+
+    model = make_model((1, 5, 5))
+    expected = module.fingerprint(model)
+    monkeypatch.setattr(module, "MANY", many)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert module.fingerprint(model) == expected
+        for parameter in model.parameters():
+            parameter.data.view(-1)[-1] += 1.0
+            changed = module.fingerprint(model)
+            assert changed != expected
+            expected = changed
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("count", [1, 2])

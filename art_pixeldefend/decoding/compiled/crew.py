@@ -19,8 +19,8 @@ from numba.extending import intrinsic
 from art_pixeldefend.decoding.compiled.vectors import INT, call
 
 LINE = 128  # bytes between numbers that different threads write: neighbouring cache lines are fetched in pairs
-PATIENCE = 4000  # looks, some ten microseconds, before the core is given away
-CREW = 2  # members: one walks over the pixels, the other gets the next row ready
+PATIENCE = 200  # looks, a few microseconds, before the core is given away: the other may be waiting for this very core
+CREW = 2  # members: one leads over the pixels, the other follows and gets the next row ready
 
 _X86 = platform.machine() in ("x86_64", "AMD64")
 
@@ -49,8 +49,8 @@ ALONE = Crew(0, 1, 0, 0)
 
 
 def make_board(count: int) -> np.ndarray:
-    """A counter for each member's meetings, then one for the pixels that are done; a line for each."""
-    return np.zeros((count + 1) * LINE // 8, dtype=np.int64)
+    """Counters, a line for each: every member's meetings, every member's :func:`progress`, :func:`prepared`."""
+    return np.zeros((2 * count + 1) * LINE // 8, dtype=np.int64)
 
 
 def _pointer(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
@@ -98,6 +98,7 @@ def _wait(crew, address, number):
             _pause()
         else:
             call(crew.give_way, ())
+    return _look(address)
 
 
 @compiled
@@ -113,16 +114,34 @@ def meet(crew):
 
 
 @compiled
-def announce(crew, pixels):
-    """So many pixels are done."""
+def announce(crew, progress):
+    """So far this member has come."""
     if crew.count > 1:
-        _show(crew.board + crew.count * LINE, pixels)
+        _show(crew.board + (crew.count + crew.number) * LINE, progress)
 
 
 @compiled
-def wait_for(crew, pixels):
-    """Until so many pixels are done."""
-    _wait(crew, crew.board + crew.count * LINE, pixels)
+def progress(crew, member):
+    """How far a member has come."""
+    return _look(crew.board + (crew.count + member) * LINE)
+
+
+@compiled
+def wait_for(crew, member, number):
+    """Until a member has come so far; how far it has."""
+    return _wait(crew, crew.board + (crew.count + member) * LINE, number)
+
+
+@compiled
+def report_prepared(crew, pieces):
+    """So many pieces of the next row are ready."""
+    _show(crew.board + 2 * crew.count * LINE, pieces)
+
+
+@compiled
+def prepared(crew):
+    """How many pieces of the next row are ready."""
+    return _look(crew.board + 2 * crew.count * LINE)
 
 
 @compiled

@@ -38,9 +38,12 @@ class Kernels(NamedTuple):
 
 
 def _compile(sources: int) -> Kernels:
-    @cfunc(types.void(*[_int] * 10), cache=True)
-    def product(start, start_step, x, x_step, matrix, out, out_step, rows, depth, columns):
-        """out = start + x @ matrix, in blocks of sums that fit the registers; ``columns`` are counted in vectors."""
+    @cfunc(types.void(*[_int] * 12), cache=True)
+    def product(start, start_step, x, x_step, matrix, height, above, out, out_step, rows, depth, columns):
+        """out = start + x @ matrix[above : above + depth], in blocks of sums that fit the registers.
+
+        The matrix has ``height`` rows; ``columns`` are counted in vectors.
+        """
         _ = sources
         while columns > 0:
             width = -(-columns // -(-columns // WIDEST))
@@ -54,14 +57,14 @@ def _compile(sources: int) -> Kernels:
                     start_step,
                     x + first * x_step,
                     x_step,
-                    matrix,
+                    matrix + width * VECTOR * above,
                     out + first * out_step,
                     out_step,
                     depth,
                 )
             start += width * VECTOR
             out += width * VECTOR
-            matrix += width * VECTOR * depth
+            matrix += width * VECTOR * height
             columns -= width
 
     @cfunc(types.void(*[_int] * 6), cache=True)

@@ -7,34 +7,52 @@ from __future__ import annotations
 
 from numba import njit
 
+from art_pixeldefend.decoding.compiled.follower import await_left, take_step
 from art_pixeldefend.decoding.compiled.kernels import VECTOR
 from art_pixeldefend.decoding.compiled.plan import FLOAT
 from art_pixeldefend.decoding.compiled.vectors import ask_for, call
-from art_pixeldefend.decoding.compiled.walk import add_pixel, begin_pixel
+from art_pixeldefend.decoding.compiled.walk import add_part, add_pixel, begin_pixel
 from art_pixeldefend.density.network import STAGES
 
 compiled = njit(error_model="numpy", nogil=True, no_cpython_wrapper=True)
 
 
 @compiled
-def pixel_of_layer(walk, layer, nodes, width, slot, column):
+def pixel_of_layer(walk, crew, log, layers, number, nodes, level, row, column):
     """The gated resnet of the ``ul`` stream at one position: the taps to the left and here."""
-    f, plain, active, stride = walk.filters, walk.plain, walk.active, walk.stride
-    left = (slot * (width + 2) + column) * active
-    here = left + active
+    layer, f, plain, active, stride = layers[number], walk.filters, walk.plain, walk.active, walk.stride
+    position = row % 2 * (level.width + 2) + column
+    left, here = position * active, (position + 1) * active
     source, target = nodes[layer.source], nodes[layer.target]
+    followed = crew.count > 1 and column > 0
+    if followed:
+        await_left(crew, log, number)
     sums = layer.ul_sums + column * walk.narrow * VECTOR
-    ask_for(walk.caches + sums + walk.narrow * VECTOR, walk.narrow)
-    add_pixel(walk, source.ul_active + left, layer.ul_here, sums, 4 * f, walk.narrow)
+    out_sums = layer.ul_out_sums + column * walk.wide * VECTOR
+    if crew.count > 1:
+        ask_for(walk.caches + out_sums, walk.wide)
+        if number + 1 < level.up_end or level.down <= number < level.down_end - 1:
+            ask_for(walk.caches + layers[number + 1].ul_sums + column * walk.narrow * VECTOR, walk.narrow)
+    add_taps(walk, followed, source.ul_active + left, layer.ul_here, sums, walk.narrow)
     if layer.skip >= 0:
         add_pixel(walk, nodes[layer.skip].ul_active + here, layer.ul_skip, sums, 2 * f, walk.narrow)
     call(walk.activate, (walk.caches + sums, stride, walk.caches + layer.ul_middle + here, stride, walk.images, f))
-    sums = layer.ul_out_sums + column * walk.wide * VECTOR
-    ask_for(walk.caches + sums + walk.wide * VECTOR, walk.wide)
-    add_pixel(walk, layer.ul_middle + left, layer.ul_out_here, sums, 4 * f, walk.wide)
-    plain_here = walk.caches + (slot * (width + 2) + column + 1) * plain
+    add_taps(walk, followed, layer.ul_middle + left, layer.ul_out_here, out_sums, walk.wide)
+    plain_here = walk.caches + (position + 1) * plain
     old, new, new_active = source.ul + plain_here, target.ul + plain_here, target.ul_active + walk.caches + here
-    call(walk.gate, (walk.caches + sums, stride, old, stride, new, stride, new_active, stride, walk.images, f))
+    call(walk.gate, (walk.caches + out_sums, stride, old, stride, new, stride, new_active, stride, walk.images, f))
+    if crew.count > 1:
+        take_step(crew, log, number)
+
+
+@compiled
+def add_taps(walk, followed, left, matrix, sums, vectors):
+    """The tap to the left, if no other member has added it, and the one here."""
+    depth = 2 * walk.filters
+    if followed:
+        add_part(walk, left + walk.active, matrix, 2 * depth, depth, sums, depth, vectors)
+    else:
+        add_pixel(walk, left, matrix, sums, 2 * depth, vectors)
 
 
 @compiled
@@ -82,7 +100,7 @@ def grow_pixel(walk, coarser, level, nodes, row, column):
 
 
 @compiled
-def parameters_of_pixel(walk, model, levels, layers, nodes, row, column):
+def parameters_of_pixel(walk, crew, log, model, levels, layers, nodes, row, column):
     """The network's outputs at a pixel, into every image's cache."""
     start_pixel(walk, model, levels[0], nodes, row, column)
     due = 0
@@ -92,14 +110,14 @@ def parameters_of_pixel(walk, model, levels, layers, nodes, row, column):
         due, i, j, level = s, row >> s, column >> s, levels[s]
         if s:
             shrink_pixel(walk, levels[s - 1], level, nodes, i, j)
-        for layer in range(level.up, level.up_end):
-            pixel_of_layer(walk, layers[layer], nodes, level.width, i % 2, j)
+        for number in range(level.up, level.up_end):
+            pixel_of_layer(walk, crew, log, layers, number, nodes, level, i, j)
     for s in range(due, -1, -1):
         i, j, level = row >> s, column >> s, levels[s]
         if s < STAGES - 1:
             grow_pixel(walk, levels[s + 1], level, nodes, i, j)
-        for layer in range(level.down, level.down_end):
-            pixel_of_layer(walk, layers[layer], nodes, level.width, i % 2, j)
+        for number in range(level.down, level.down_end):
+            pixel_of_layer(walk, crew, log, layers, number, nodes, level, i, j)
     level = levels[0]
     position = row % 2 * (level.width + 2) + column + 1
     x = nodes[level.down_last].ul_active + position * walk.active  # its first half is elu(ul)

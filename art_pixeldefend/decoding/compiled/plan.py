@@ -30,10 +30,10 @@ def _record(names: str) -> np.dtype:
 # Addresses in the cache: plain activations, and their concat_elu.
 NODE = _record("u ul u_active ul_active")
 
-# source, target and skip are nodes; skip is -1 on the way up. Weights of taps in the row above and in this row; caches
-# of the middle of the resnet and of the sums over everything that is known when a row begins.
+# level is a resolution; source, target and skip are nodes; skip is -1 on the way up. Weights of taps in the row above
+# and in this row; caches of the middle of the resnet and of the sums over everything that is known when a row begins.
 LAYER = _record(
-    "source target skip"
+    "level source target skip"
     " u_above u_here u_skip u_bias u_out_above u_out_here u_out_bias"
     " ul_above ul_u ul_here ul_skip ul_bias ul_out_above ul_out_here ul_out_bias"
     " u_middle ul_middle u_sums u_out_sums ul_sums ul_out_sums"
@@ -259,6 +259,7 @@ class Plan:
         aside = self._taps(ul.skip)[0, 0]  # (u, -u) on the way up, (u, ul, -u, -ul) on the way down
         by_stream = aside.view(2, -1, f, aside.shape[-1])
         layer = {
+            "level": level,
             "source": source,
             "target": target,
             "skip": skip,

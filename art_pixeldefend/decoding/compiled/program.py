@@ -2,7 +2,7 @@
 
 When a row begins, all that the rows above decide is computed; then, pixel by pixel, the rest of the network's outputs,
 and the choice of the level. A crew walks over one image: its members share out the beginning of every row, then the
-first one goes on to the pixels, and the other gets the next row ready.
+first one goes on to the pixels, and the other follows: see :mod:`~.follower`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from collections.abc import Callable
 import numpy as np
 from numba import carray, njit
 
-from art_pixeldefend.decoding.compiled.crew import announce, meet
+from art_pixeldefend.decoding.compiled.crew import meet
+from art_pixeldefend.decoding.compiled.follower import follow_row, make_log, prepare_rest
 from art_pixeldefend.decoding.compiled.head import WINDOW, best_level, components, make_table
 from art_pixeldefend.decoding.compiled.kernels import SOURCES
 from art_pixeldefend.decoding.compiled.pixels import parameters_of_pixel
-from art_pixeldefend.decoding.compiled.rows import begin_row, prepare_first_rows, prepare_next_rows
+from art_pixeldefend.decoding.compiled.rows import begin_row, prepare_first_rows
 from art_pixeldefend.decoding.compiled.vectors import floats_at
 from art_pixeldefend.density.mixture import HALF, LEVELS
 
@@ -32,17 +33,18 @@ def _compile(sources: int) -> Callable:
         channels, mixtures = model.channels, model.mixtures
         height, width = levels[0].height, levels[0].width
         table, mass, pixel = make_table(mixtures), np.empty(WINDOW), np.empty(channels)
+        log = make_log(layers)
         if crew.count > 1:
             prepare_first_rows(walk, crew, levels, layers, nodes)
             meet(crew)
         for row in range(height):
             begin_row(walk, crew, model, levels, layers, nodes, row)
             if crew.number > 0:
-                prepare_next_rows(walk, crew, levels, layers, nodes, row)
-                meet(crew)
+                follow_row(walk, crew, log, levels, layers, nodes, row)
+                prepare_rest(walk, crew, levels, layers, nodes, row)
                 continue
             for column in range(width):
-                parameters_of_pixel(walk, model, levels, layers, nodes, row, column)
+                parameters_of_pixel(walk, crew, log, model, levels, layers, nodes, row, column)
                 for image in range(walk.images):
                     cache = walk.caches + image * walk.stride
                     position = ((row + 2) * (width + 2) + column + 1) * (channels + 1)
@@ -55,8 +57,8 @@ def _compile(sources: int) -> Callable:
                         pixel[k] = level
                         purified[image, k, row, column] = level
                         values[position + k] = (level - HALF) / HALF
-                announce(crew, row * width + column + 1)
-            meet(crew)
+            if crew.count > 1:
+                prepare_rest(walk, crew, levels, layers, nodes, row)
 
     return decode
 

@@ -4,21 +4,19 @@ That is the ``u`` stream, and of every convolution of the ``ul`` stream the taps
 biases. Row i of a lower resolution falls due at row 2 i of the one above it.
 
 Of these, the sums over the row above need nothing of the row itself. A walker without company computes them layer by
-layer as they are called for; a member of a crew has them ready before the row begins.
+layer as they are called for; a crew has them ready before the row begins.
 """
 
 from __future__ import annotations
 
 from numba import njit
 
-from art_pixeldefend.decoding.compiled.crew import meet, share, wait_for
+from art_pixeldefend.decoding.compiled.crew import meet, share
 from art_pixeldefend.decoding.compiled.kernels import VECTOR
 from art_pixeldefend.decoding.compiled.plan import FLOAT
 from art_pixeldefend.decoding.compiled.vectors import call
 from art_pixeldefend.decoding.compiled.walk import add_rows, begin_rows
 from art_pixeldefend.density.network import STAGES
-
-PIECES = 4  # of a row, that follow behind the pixels
 
 compiled = njit(error_model="numpy", nogil=True, no_cpython_wrapper=True)
 
@@ -74,24 +72,6 @@ def prepare_first_rows(walk, crew, levels, layers, nodes):
         first, end = share(crew, level.width)
         every_u_above(walk, level, layers, nodes, 0, first, end)
         every_ul_above(walk, level, layers, nodes, 0, first, end)
-
-
-@compiled
-def prepare_next_rows(walk, crew, levels, layers, nodes, row):
-    """Of the rows after this one, while another member walks over its pixels; none is due before it is ready."""
-    for s in range(1, STAGES):
-        level, below = levels[s], (row >> s) + 1
-        if below < level.height and row % (1 << s) == 0:
-            every_u_above(walk, level, layers, nodes, below, 0, level.width)
-        if below < level.height and row % (1 << s) == 1:
-            every_ul_above(walk, level, layers, nodes, below, 0, level.width)
-    level = levels[0]
-    if row + 1 < level.height:
-        every_u_above(walk, level, layers, nodes, row + 1, 0, level.width)
-        for piece in range(PIECES):
-            first, end = level.width * piece // PIECES, level.width * (piece + 1) // PIECES
-            wait_for(crew, row * level.width + end)
-            every_ul_above(walk, level, layers, nodes, row + 1, first, end)
 
 
 # The row itself

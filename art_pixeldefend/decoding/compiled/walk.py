@@ -42,7 +42,8 @@ def begin_rows(walk, bias, x, x_step, matrix, out, out_step, rows, depth, vector
     for image in range(walk.images):
         cache = walk.caches + image * walk.stride
         start, weights = walk.weights + bias, walk.weights + matrix
-        call(walk.product, (start, 0, cache + x, x_step, weights, cache + out, out_step, rows, depth, vectors))
+        outs, inputs = cache + out, cache + x
+        call(walk.product, (start, 0, inputs, x_step, weights, depth, 0, outs, out_step, rows, depth, vectors))
 
 
 @compiled
@@ -50,23 +51,27 @@ def add_rows(walk, x, x_step, matrix, out, out_step, rows, depth, vectors):
     """out += x @ matrix for ``rows`` positions of every image."""
     for image in range(walk.images):
         cache = walk.caches + image * walk.stride
-        sums, weights = cache + out, walk.weights + matrix
-        call(walk.product, (sums, out_step, cache + x, x_step, weights, sums, out_step, rows, depth, vectors))
+        sums, weights, inputs = cache + out, walk.weights + matrix, cache + x
+        call(walk.product, (sums, out_step, inputs, x_step, weights, depth, 0, sums, out_step, rows, depth, vectors))
 
 
 @compiled
 def add_pixel(walk, x, matrix, out, depth, vectors):
     """out += x @ matrix for one position of every image."""
+    add_part(walk, x, matrix, depth, 0, out, depth, vectors)
+
+
+@compiled
+def add_part(walk, x, matrix, height, above, out, depth, vectors):
+    """out += x @ matrix[above : above + depth], of a matrix of ``height`` rows, for one position of every image."""
     sums, step = walk.caches + out, walk.stride
-    weights = walk.weights + matrix
-    call(walk.product, (sums, step, walk.caches + x, step, weights, sums, step, walk.images, depth, vectors))
+    inputs, weights = walk.caches + x, walk.weights + matrix
+    call(walk.product, (sums, step, inputs, step, weights, height, above, sums, step, walk.images, depth, vectors))
 
 
 @compiled
 def begin_pixel(walk, bias, x, matrix, out, depth, vectors):
     """out = bias + x @ matrix for one position of every image."""
     start, weights, step = walk.weights + bias, walk.weights + matrix, walk.stride
-    call(
-        walk.product,
-        (start, 0, walk.caches + x, step, weights, walk.caches + out, step, walk.images, depth, vectors),
-    )
+    inputs, outs = walk.caches + x, walk.caches + out
+    call(walk.product, (start, 0, inputs, step, weights, depth, 0, outs, step, walk.images, depth, vectors))
