@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from art_pixeldefend import datasets
+from art_pixeldefend.attacks import HalfNormalFGSM
 from art_pixeldefend.classifiers import (
     NETWORKS,
     RECIPES,
@@ -139,6 +140,13 @@ def test_smoothed_labels_make_less_confident_predictions(digits):
     )
     plain, smooth = (torch.softmax(model(torch.from_numpy(x)), 1).amax(1).mean() for model in (plain, smooth))
     assert smooth < 0.85 < plain
+
+
+def test_adversarial_training_attacks_as_much_of_every_batch_as_the_reference_weighs_it(digits, monkeypatch):
+    seen, generate = [], HalfNormalFGSM.generate
+    monkeypatch.setattr(HalfNormalFGSM, "generate", lambda self, x, y: (seen.append(len(x)), generate(self, x))[1])
+    train(small("vgg"), digits.x_train[:130], digits.y_train[:130], replace(TINY, batch_size=130), "adversarial-fgsm")
+    assert seen == [30] * TINY.steps  # 0.6 / 2.6 of 130
 
 
 def test_adversarial_training_prints_nothing(digits, capfd):

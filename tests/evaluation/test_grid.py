@@ -346,6 +346,12 @@ def test_a_row_without_a_delta_has_the_classifier_of_the_grids(tmp_path):
     assert "delta" not in stages.training(Row("vgg"))
 
 
+def test_a_row_may_shorten_its_classifiers_training(tmp_path):
+    stages, row = Stages(TINY, datasets.load("digits"), Store(tmp_path)), Row("vgg")
+    shorter = replace(row, steps=7)
+    assert [stages.training(r)["recipe"]["steps"] for r in (row, shorter, shorter.classifier)] == [TINY.steps, 7, 7]
+
+
 def test_attacked_classifiers_have_no_gradients_in_their_weights(finished):
     stages = Stages(TINY, datasets.load("digits"), Store(finished))
     classifier = stages.classifier(TINY.rows[0], False)
