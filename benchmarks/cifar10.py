@@ -1,7 +1,7 @@
 """The paper's Table 2, CIFAR-10, on a scale that a CPU can do: a proof of the whole path, not the paper's numbers.
 
-    art-pixeldefend train cifar-10 --out FOLDER/density --filters 32 --resnets 1 --steps 3000
-    python benchmarks/cifar10.py --work FOLDER --pixel-cnn FOLDER/density/model.safetensors
+    art-pixeldefend train cifar-10 --out FOLDER/density --filters 24 --resnets 1 --steps 400 --learning-rate 4e-3 --dropout 0
+    python benchmarks/cifar10.py --work FOLDER --pixel-cnn FOLDER/density/model.safetensors --limit 8 --steps 200
 
 writes ``results/cifar-10-small.md``, ``.csv``, ``.json`` and figures, the scale in the header. All rows, small
 networks, few training steps, few images. In two processes: ``torchrun --nproc-per-node 2 benchmarks/cifar10.py ...``.
@@ -55,7 +55,9 @@ def head(facts: dict[str, Any], limit: int, steps: int) -> str:
 model: {density_model(facts, 3.0)}; the paper's has 160 filters and 5 resnets. Differences from the paper measure this
 scale, and no more.
 
-`python benchmarks/cifar10.py --work FOLDER --pixel-cnn FILE`, {facts["date"]}, {facts["hardware"]}.
+`python benchmarks/cifar10.py --work FOLDER --pixel-cnn FILE --limit {limit} --steps {steps}`, {facts["date"]}, {
+        facts["hardware"]
+    }.
 PixelDefend: eps 16.
 
 """
