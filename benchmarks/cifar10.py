@@ -1,6 +1,7 @@
 """The paper's Table 2, CIFAR-10, on a scale that a CPU can do: a proof of the whole path, not the paper's numbers.
 
-    art-pixeldefend train cifar-10 --out FOLDER/density --filters 24 --resnets 1 --steps 400 --learning-rate 4e-3 --dropout 0
+    art-pixeldefend train cifar-10 --out FOLDER/density --filters 24 --resnets 1 \\
+        --steps 400 --learning-rate 4e-3 --dropout 0
     python benchmarks/cifar10.py --work FOLDER --pixel-cnn FOLDER/density/model.safetensors --limit 8 --steps 200
 
 writes ``results/cifar-10-small.md``, ``.csv``, ``.json`` and figures, the scale in the header. All rows, small
