@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from art_pixeldefend.decoding import ENGINES, cached, certify, decode, fixed_point, greedy_decode, sample
+from art_pixeldefend.decoding.cached import rows
+from art_pixeldefend.decoding.cached.walk import Walk
 from art_pixeldefend.decoding.rules import Greedy
 from art_pixeldefend.density import PixelCNNpp
 
@@ -68,13 +70,13 @@ def test_rows_and_pixels_of_the_cached_engine_give_the_same_image(make_model, ma
     model, x = make_model(shape), torch.from_numpy(make_levels(3, shape))
     images = []
     for few in (0, 3):  # pixel by pixel, row by row; memory is laid out accordingly
-        monkeypatch.setattr(cached, "FEW", few)
+        monkeypatch.setattr(rows, "FEW", few)
         images.append(greedy_decode(model, x, 60, "cached"))
     assert torch.equal(*images)
 
 
 def test_the_cached_engines_memory_is_free_when_the_walk_is_over(make_model):
-    walk = cached.Walk(make_model((1, 5, 6)), 2)
+    walk = Walk(make_model((1, 5, 6)), 2)
     image = weakref.ref(walk.image)
     gc.disable()
     try:

@@ -1,0 +1,75 @@
+"""Rows of activations, and what is done to them, step by step.
+
+Activations have the shape (columns, feature maps, images), so that the taps of a convolution in one row are one run of
+feature maps, and a convolution is a matrix product for each row of its kernel. In memory images come last, next to
+each other, which makes long loops of what is done to each feature map; a few images come first, which makes matrices
+of a stretch.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FEW = 8  # images, of a thread, up to which whole rows are clearly faster than pixels: benchmarks/README.md
+
+
+def are_few(images: int) -> bool:
+    """Do they leave PyTorch little to do at a pixel?"""
+    return images <= FEW
+
+
+def make_rows(like: Tensor, rows: int, width: int, features: int, count: int) -> Tensor:
+    """Zeros (rows, width, features, images): images first in memory where they are few, and last where they are not."""
+    if are_few(count):
+        return like.new_zeros(count, rows, width, features).movedim(0, -1)
+    return like.new_zeros(rows, width, features, count)
+
+
+def windows(row: Tensor, first: int, count: int, taps: int = 1, stride: int = 1) -> Tensor:
+    """(W, F, N) to (count, taps F, N): at each position so many neighbouring columns, the first ones from ``first``."""
+    column, feature, image = row.stride()
+    shape = (count, taps * row.shape[1], row.shape[2])
+    return row[first:].as_strided(shape, (stride * column, feature, image))
+
+
+class Steps:
+    """Calls of PyTorch on given memory, to be made again and again: a walk meets each of them at every fourth row.
+
+    Slicing tensors takes as long as what is done to the slices, and other threads have to wait for it.
+    """
+
+    def __init__(self) -> None:
+        self._calls: list[partial] = []
+
+    def run(self) -> None:
+        """Make the calls."""
+        for call in self._calls:
+            call()
+
+    def contract(self, sums: Tensor, weight: Tensor, x: Tensor, out: Tensor) -> None:
+        """``out`` (n, F', N) = ``sums``, or what expands to it, + ``weight`` (F', F) times ``x`` (n, F, N)."""
+        if x.stride(1) == 1:  # images first
+            sums, x, out = sums.permute(2, 0, 1), x.permute(2, 0, 1), out.permute(2, 0, 1)
+            self._calls.append(partial(torch.baddbmm, sums, x, weight.t().expand(len(x), -1, -1), out=out))
+        elif len(x) == 1:
+            self._calls.append(partial(torch.addmm, sums[0], weight, x[0], out=out[0]))
+        else:
+            self._calls.append(partial(torch.baddbmm, sums, weight.expand(len(x), -1, -1), x, out=out))
+
+    def concat_elu(self, x: Tensor) -> None:
+        """elu(y) and elu(-y), one above the other, in place of ``x`` (n, 2 F, N), whose upper half is y."""
+        upper, lower = x.chunk(2, dim=1)
+        self._calls += [partial(torch.neg, upper, out=lower), partial(F.elu_, x)]
+
+    def gate(self, x: Tensor, ab: Tensor, out: Tensor) -> None:
+        """``out`` = ``x`` + a sigmoid(b), with a and b one above the other; b is overwritten."""
+        a, b = ab.chunk(2, dim=1)
+        self._calls += [partial(b.sigmoid_), partial(torch.addcmul, x, a, b, out=out)]
+
+    def copy(self, x: Tensor, out: Tensor) -> None:
+        """``out`` = ``x``."""
+        self._calls.append(partial(out.copy_, x))
