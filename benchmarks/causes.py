@@ -16,7 +16,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
@@ -26,7 +25,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from published import RESULTS
+from published import RESULTS, command
 
 from art_pixeldefend import PixelCNNpp, datasets, greedy_decode
 from art_pixeldefend.attacks import ATTACKS, make_attack
@@ -153,7 +152,7 @@ def main(
         path.parent.name: as_pixel_cnn(path) for path in density_model
     }
     result = {
-        "command": " ".join(["python", "benchmarks/causes.py", *(Path(a).name for a in sys.argv[1:])]),
+        "command": command("causes.py"),
         "date": date.today().isoformat(), "hardware": runner.hardware(), "images": images,
         "classifier": title(causes.row),
         "density_models": causes.density_models(models), "eps_defend": causes.eps_defend(),

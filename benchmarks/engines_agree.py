@@ -10,13 +10,13 @@ engine named, and shown to the classifier again.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from datetime import date
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from published import command
 from tqdm import tqdm
 
 from art_pixeldefend import datasets, greedy_decode
@@ -58,7 +58,7 @@ def main(
             for i, x in enumerate((defended, from_levels(again, UNIT))):
                 counts[i] += int((stages.classifier(row, False).predict(x).argmax(axis=1) == y).sum())
     result = {
-        "command": " ".join(["python", "benchmarks/engines_agree.py", *sys.argv[1:]]),
+        "command": command("engines_agree.py"),
         "date": date.today().isoformat(), "hardware": runner.hardware(), "method": method, "cells": len(cells),
         "images": limit * len(cells), "images_that_differ": images, "sub_pixels_that_differ": sub_pixels,
         "right_by_cell": right, "cells_that_differ": sum(a != b for a, b in right.values()),

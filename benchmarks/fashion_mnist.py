@@ -14,14 +14,12 @@ fewer steps, which the table then says.
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from published import RESULTS, density_model, publish
+from published import RESULTS, command, density_model, publish
 
 from art_pixeldefend.evaluation.grid import GRIDS, Row
 
@@ -55,13 +53,6 @@ def changed(row: Row, fewer: list[str], shorter: list[str]) -> Row:
     return row
 
 
-def command() -> str:
-    """As it was given, its folder of intermediate results aside."""
-    given = ["FOLDER" if before == "--work" else a for before, a in zip(["", *sys.argv], sys.argv, strict=False)][1:]
-    launcher = f"torchrun --nproc-per-node {os.environ['WORLD_SIZE']}" if "RANK" in os.environ else "python"
-    return " ".join([launcher, "benchmarks/fashion_mnist.py", *(repr(a) if "!" in a else a for a in given)])
-
-
 def head(facts: dict[str, Any], rows: tuple) -> str:
     """Above the table: what it is and where it comes from."""
     there = {(row.name, row.eps) for row in rows}
@@ -69,7 +60,7 @@ def head(facts: dict[str, Any], rows: tuple) -> str:
     left_out = f" Left out: {', '.join(missing)}." if missing and len(missing) < 5 else ""
     return f"""# Fashion-MNIST: attacks and defences beside PixelDefend's Table 1
 
-`{command()}`, {facts["date"]}, {facts["hardware"]}.
+`{command("fashion_mnist.py")}`, {facts["date"]}, {facts["hardware"]}.
 Classifiers: the paper's ResNet-62 and VGG-16 by the quick recipe. Density model: {density_model(facts, 2.7)}.
 PixelDefend: eps 32.{left_out}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
@@ -21,6 +22,14 @@ from art_pixeldefend.evaluation.table import title
 from art_pixeldefend.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
+PLACES = {"--work": "FOLDER", "--density-model": "FILE"}  # options whose values say something about one machine only
+
+
+def command(script: str) -> str:
+    """As it was given, places on this machine aside."""
+    given = [PLACES.get(before, a) for before, a in zip(sys.argv, sys.argv[1:], strict=False)]
+    launcher = f"torchrun --nproc-per-node {os.environ['WORLD_SIZE']}" if "RANK" in os.environ else "python"
+    return " ".join([launcher, f"benchmarks/{script}", *(repr(a) if "!" in a else a for a in given)])
 
 
 def publish(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FEW = 8  # images, of a thread, up to which whole rows are clearly faster than pixels: benchmarks/README.md
+FEW = 8  # images, of a thread, from about which on pixels are faster than whole rows: benchmarks/README.md
 
 
 def are_few(images: int) -> bool:
@@ -39,7 +39,8 @@ def windows(row: Tensor, first: int, count: int, taps: int = 1, stride: int = 1)
 class Steps:
     """Calls of PyTorch on given memory, to be made again and again: a walk meets each of them at every fourth row.
 
-    Slicing tensors takes as long as what is done to the slices, and other threads have to wait for it.
+    Slicing tensors makes several times as many calls as what is done to the slices, and at each of them threads wait
+    for one another.
     """
 
     def __init__(self) -> None:
