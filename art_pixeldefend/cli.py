@@ -52,6 +52,9 @@ def train(
     learning_rate: Annotated[float, typer.Option(help="Adam's, at its highest")] = 2e-3,
     seed: Annotated[int, typer.Option(help="of weights, order and dropout")] = 0,
     every: Annotated[int, typer.Option(help="steps between evaluations, each with a checkpoint")] = 1_000,
+    start_from: Annotated[
+        str | None, typer.Option(help="begin with the weights of: digits, fashion-mnist, or a .safetensors file")
+    ] = None,
     resume: Annotated[bool, typer.Option(help="go on from the folder's checkpoint, if it has one")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; the GPU where there is one")] = None,
     mixed_precision: Annotated[
@@ -61,6 +64,7 @@ def train(
 ) -> None:
     """Train a density model. Several processes: torchrun --nproc-per-node 2 -m art_pixeldefend train ..."""
     from art_pixeldefend import datasets
+    from art_pixeldefend.defences.purifier import as_pixel_cnn
     from art_pixeldefend.density.trainer import Settings
     from art_pixeldefend.density.trainer import train as run
 
@@ -70,7 +74,7 @@ def train(
     )  # fmt: skip
     images = datasets.load(data, data_dir)
     model = run(
-        settings, images.x_train, images.x_test, out,
+        settings, images.x_train, images.x_test, out, start=as_pixel_cnn(start_from) if start_from else None,
         resume=resume, device=device, mixed_precision=mixed_precision, verbose=verbose,
     )  # fmt: skip
     if "test_bits_per_dim" in model.provenance:

@@ -225,6 +225,7 @@ def train(
     held_out: np.ndarray | Tensor,
     folder: str | PathLike[str],
     *,
+    start: PixelCNNpp | None = None,
     resume: bool = False,
     device: str | torch.device | None = None,
     mixed_precision: bool | None = None,
@@ -240,6 +241,7 @@ def train(
         images: levels (N, C, H, W) to train on.
         held_out: levels (M, C, H, W); the first 512 are evaluated during the run, all at its end.
         folder: where the run lives.
+        start: a model of the size in ``settings``; the run begins with its weights, which stay as they are.
         resume: go on from the folder's checkpoint, if it has one.
         device: where to train; the process's GPU where there is one.
         mixed_precision: bf16 autocast; by default where the hardware has it.
@@ -249,14 +251,17 @@ def train(
         The model with averaged weights, in evaluation mode, its ``provenance`` filled in.
 
     Raises:
-        ValueError: for images that are not levels, or too few; or, resuming, a checkpoint of another run.
+        ValueError: for images that are not levels, or too few; for a ``start`` of another size; or, resuming, a
+            checkpoint of another run.
         FloatingPointError: if the loss stops being finite. The last checkpoint stays.
     """
     with _processes() as (rank, world):
         device = torch.device(
             device or (f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
         )
-        return _Run(settings, images, held_out, Path(folder), rank, world, device, mixed_precision).go(resume, verbose)
+        return _Run(settings, images, held_out, Path(folder), start, rank, world, device, mixed_precision).go(
+            resume, verbose
+        )
 
 
 @contextmanager
@@ -275,7 +280,7 @@ def _processes() -> Iterator[tuple[int, int]]:
 class _Run:
     """The parts of one run in one process, put together."""
 
-    def __init__(self, settings, images, held_out, folder, rank, world, device, mixed_precision) -> None:
+    def __init__(self, settings, images, held_out, folder, start, rank, world, device, mixed_precision) -> None:
         if getattr(images, "ndim", 0) != 4 or not len(images):
             raise ValueError(
                 f"images must be levels (N, C, H, W) with N > 0, got shape {getattr(images, 'shape', None)}"
@@ -289,11 +294,21 @@ class _Run:
         self.images = self.model.as_levels(images, "images")
         self.held_out = self.model.as_levels(held_out, "held_out")
         self.mixed_precision = bf16_pays(device) if mixed_precision is None else mixed_precision
-        self.model.initialise(self.images[:100])
+        self._begin_with(start)
         loss = Loss(self.model, self.mixed_precision)
         self.loss = nn.parallel.DistributedDataParallel(loss) if world > 1 else loss
         self.state = State(self.model, settings)
         self.batches = Batches(len(self.images), settings.batch_size, settings.seed, rank, world)
+
+    def _begin_with(self, start: PixelCNNpp | None) -> None:
+        self.started_from = None if start is None else start.provenance
+        if start is None:
+            self.model.initialise(self.images[:100])
+            return
+        here, there = ({**model.configuration, "dropout": None} for model in (self.model, start))
+        if here != there:
+            raise ValueError(f"start must be of the size in settings and of these images, {here}, got {there}")
+        self.model.load_state_dict(start.state_dict())
 
     def go(self, resume: bool, verbose: bool) -> PixelCNNpp:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -351,6 +366,8 @@ class _Run:
             "training_images": len(self.images),
             "held_out_images": len(self.held_out),
         }
+        if self.started_from is not None:
+            self.model.provenance["start"] = self.started_from
         if self.rank == 0:
             if len(self.held_out):
                 self.model.provenance["test_bits_per_dim"] = evaluate(self.model, self.held_out)

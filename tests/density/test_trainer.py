@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -115,6 +116,33 @@ def test_a_checkpoint_of_other_settings_is_not_resumed(uninterrupted, make_level
     other = Settings(filters=4, resnets=1, mixtures=2, steps=61, batch_size=8, every=20)
     with pytest.raises(ValueError, match="resume"):
         train(other, make_levels(64, SHAPE), make_levels(4, SHAPE), tmp_path, resume=True, verbose=False)
+
+
+def test_a_run_that_learns_nothing_gives_the_model_it_started_from(uninterrupted, make_levels, tmp_path):
+    start = uninterrupted[1]
+    before = {name: tensor.clone() for name, tensor in start.state_dict().items()}
+    still = replace(SMALL, learning_rate=0, steps=2, dropout=0.1)
+    model = train(still, make_levels(64, SHAPE), make_levels(4, SHAPE), tmp_path, start=start, verbose=False)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    assert model.configuration["dropout"] == 0.1 and model.provenance["start"] == start.provenance
+
+
+def test_a_run_goes_on_learning_from_the_model_it_started_from(uninterrupted, make_levels, tmp_path):
+    start = uninterrupted[1]
+    before = {name: tensor.clone() for name, tensor in start.state_dict().items()}
+    model = train(SMALL, make_levels(64, SHAPE), make_levels(16, SHAPE, seed=1), tmp_path, start=start, verbose=False)
+    assert model.provenance["test_bits_per_dim"] < start.provenance["test_bits_per_dim"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in start.state_dict().items())
+
+
+@pytest.mark.parametrize("size, shape", [({"filters": 8}, SHAPE), ({"resnets": 2}, SHAPE), ({}, (3, 6, 6))])
+def test_a_start_of_another_size_is_refused(size, shape, uninterrupted, make_levels, tmp_path):
+    with pytest.raises(ValueError, match="start"):
+        train(
+            replace(SMALL, **size), make_levels(8, shape), make_levels(1, shape), tmp_path,
+            start=uninterrupted[1], verbose=False,
+        )  # fmt: skip
 
 
 def test_a_diverging_run_stops_with_the_step_and_the_remedy(make_levels, tmp_path, monkeypatch):
