@@ -127,6 +127,10 @@ def _read_folder(folder: Path) -> ImageSet:
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise ValueError(f"{str(folder)!r} holds no images ({', '.join(SUFFIXES)})")
+    named = {path.with_suffix(""): path for path in reversed(paths)}
+    for path in paths:
+        if (other := named[path.with_suffix("")]) != path:
+            raise ValueError(f"{str(other)!r} and {str(path)!r} differ by their suffix only: one name an image")
     images = [_read_file(path) for path in paths]
     for path, image in zip(paths, images, strict=True):
         if image.size != images[0].size:
@@ -140,6 +144,8 @@ def _read_file(path: Path) -> Image.Image:
     """As grey if the file is, as RGB otherwise."""
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"{str(path)!r} has more than 8 bits a channel (mode {image.mode}): convert it first")
             return image.convert("L" if image.mode in ("1", "L") else "RGB")
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"{str(path)!r} cannot be read as an image: {error}") from error

@@ -88,3 +88,16 @@ def test_an_atomic_write_replaces_whole_files_or_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         write_atomically(path, "newest")
     assert path.read_text() == "new" and [file.name for file in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_files_that_differ_by_their_suffix_only_are_refused(tmp_path):
+    for name in ("a.png", "a.bmp"):
+        Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / name)
+    with pytest.raises(ValueError, match="suffix"):
+        read_images(tmp_path)
+
+
+def test_images_of_more_than_8_bits_are_refused(tmp_path):
+    Image.fromarray(np.full((4, 4), 30_000, np.uint16)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="8 bits"):
+        read_images(tmp_path)

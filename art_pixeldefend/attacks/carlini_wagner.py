@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from art.attacks.attack import EvasionAttack
+from art.config import ART_NUMPY_DTYPE
 from art.estimators.classification.classifier import ClassGradientsMixin
 from art.estimators.estimator import BaseEstimator
 from art.utils import check_and_transform_label_format, get_labels_np_array
@@ -76,8 +77,9 @@ class CarliniWagnerLInf(EvasionAttack):
             x: images within the clip values.
             y: labels to get away from, class numbers (N,) or one-hot; by default the model's own predictions.
         """
+        x = x.astype(ART_NUMPY_DTYPE)
         if not len(x):
-            return x.copy()
+            return x
         if y is None:
             y = get_labels_np_array(self.estimator.predict(x, batch_size=self.batch_size))
         y = check_and_transform_label_format(y, nb_classes=self.estimator.nb_classes)

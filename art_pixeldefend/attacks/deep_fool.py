@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from art.attacks.attack import EvasionAttack
+from art.config import ART_NUMPY_DTYPE
 from art.estimators.classification.classifier import ClassGradientsMixin
 from art.estimators.estimator import BaseEstimator
 
@@ -43,6 +44,7 @@ class DeepFoolLInf(EvasionAttack):
 
     def generate(self, x: np.ndarray, y: np.ndarray | None = None, **kwargs: Any) -> np.ndarray:
         """Attacked images of ``x`` (N, ...), of any distance; ``y`` is left unread, as in ART's DeepFool."""
+        x = x.astype(ART_NUMPY_DTYPE)
         pieces = [self._attack(x[i : i + self.batch_size]) for i in range(0, len(x), self.batch_size)]
         return np.concatenate(pieces) if pieces else x.copy()
 

@@ -81,7 +81,8 @@ class AdaptivePixelDefend(PixelDefend):
             ValueError: if there is no attack, or images and labels do not match.
         """
         y = np.asarray(y)
-        y = y.argmax(axis=1) if y.ndim == 2 else y
+        if y.ndim == 2:
+            y = y[:, 0] if y.shape[1] == 1 else y.argmax(axis=1)
         if not attacked or any(len(x) != len(y) or not len(y) for x in attacked.values()):
             raise ValueError(
                 f"attacked must hold, for each attack, as many images as y has labels ({len(y)}), at least 1"
