@@ -17,12 +17,13 @@ from art_pixeldefend.validation import check_count
 class DeepFoolLInf(EvasionAttack):
     """DeepFool for the L-infinity norm (Moosavi-Dezfooli et al. 2016, arXiv:1511.04599, section 3.3, p = infinity).
 
-        x <- x + (1 + overshoot) sum of |f_k| / ||w_k||_1 sign(w_k),  k the class nearest in that norm,
+        x <- x + (1 + overshoot) |f_k| / ||w_k||_1 sign(w_k),  k the class nearest in that norm,
         f_k and w_k: logit k, and its gradient, less those of the class predicted first
 
-    until the prediction changes. An 8-bit image cannot hold a fraction of a level, and rounding to the nearest takes
-    the image back over the boundary about every other time; so the change is rounded outwards in the end. ART's
-    ``DeepFool`` takes L2 steps, which put more than a small ball holds into few pixels.
+    until the prediction changes. An 8-bit image cannot hold a fraction of a level, and an image that is rounded when the
+    search is over is often back behind the boundary; so every step is rounded, outwards, and what the prediction is
+    asked about is what is returned. ART's ``DeepFool`` takes L2 steps, which put more than a small ball holds into few
+    pixels.
 
     Args:
         estimator: an ART classifier with class gradients and clip values; its outputs should be logits.
@@ -50,19 +51,20 @@ class DeepFoolLInf(EvasionAttack):
 
     def _attack(self, x: np.ndarray) -> np.ndarray:
         clip_values = scalar_clip_values(self.estimator)
-        attacked, total = x.copy(), np.zeros_like(x)
+        attacked = x.copy()
         logits = self.estimator.predict(x, batch_size=self.batch_size)
         first = logits.argmax(axis=1)
         active = np.arange(len(x))
         for _ in range(self.max_iter):
-            total[active] += self._step(attacked[active], logits, first[active])
-            attacked[active] = np.clip(x[active] + (1 + self.overshoot) * total[active], *clip_values)
+            before = attacked[active]
+            step = self._step(before, logits, first[active])
+            attacked[active] = round_outwards(before + (1 + self.overshoot) * step, before, clip_values)
             logits = self.estimator.predict(attacked[active], batch_size=self.batch_size)
             unmoved = logits.argmax(axis=1) == first[active]
             active, logits = active[unmoved], logits[unmoved]
             if not len(active):
                 break
-        return round_outwards(attacked, x, clip_values)
+        return attacked
 
     def _step(self, x: np.ndarray, logits: np.ndarray, first: np.ndarray) -> np.ndarray:
         """The smallest change of ``x`` that takes the linearised classifier to its nearest boundary."""

@@ -27,6 +27,7 @@ class Entry:
         uses_eps: whether they depend on eps; if not, they are clipped to the ball afterwards.
         true_labels: whether the paper gives it the true labels; the others attack the model's own predictions.
         note: what a table should say about it.
+        version: raised when its images change, so that those kept from before are not taken for them.
     """
 
     build: Callable[..., EvasionAttack]
@@ -34,6 +35,7 @@ class Entry:
     uses_eps: bool = True
     true_labels: bool = False
     note: str = ""
+    version: int = 1
 
 
 def _rand(classifier: Any, eps: int, batch_size: int, seed: int, **settings: Any) -> EvasionAttack:
@@ -72,7 +74,9 @@ ATTACKS: dict[str, Entry] = {
     "rand": Entry(_rand, sees_classifier=False),
     "fgsm": Entry(_fgsm),
     "bim": Entry(_bim, true_labels=True),
-    "deepfool": Entry(_deepfool, uses_eps=False, note="L-infinity, as in the paper's code; ART's own is deepfool-l2"),
+    "deepfool": Entry(
+        _deepfool, uses_eps=False, note="L-infinity, as in the paper's code; ART's own is deepfool-l2", version=2
+    ),
     "deepfool-l2": Entry(_deepfool_l2, uses_eps=False, note="ART's DeepFool"),
     "cw": Entry(_cw, uses_eps=False, true_labels=True, note="L-infinity, as in the paper's code; ART's own is cw-art"),
     "cw-art": Entry(_cw_art, uses_eps=False, true_labels=True, note="ART's CarliniLInfMethod with its own defaults"),

@@ -1,12 +1,13 @@
 """The paper's image classifiers, and the ways of training them."""
 
 from art_pixeldefend.classifiers.networks import NETWORKS, accuracy, as_art, build, load, save
-from art_pixeldefend.classifiers.training import RATIO, RECIPES, TECHNIQUES, Recipe, train
+from art_pixeldefend.classifiers.training import RATIO, RECIPES, SMOOTHING, TECHNIQUES, Recipe, train
 
 __all__ = [
     "NETWORKS",
     "RATIO",
     "RECIPES",
+    "SMOOTHING",
     "TECHNIQUES",
     "Recipe",
     "accuracy",

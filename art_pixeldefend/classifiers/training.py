@@ -22,6 +22,7 @@ from art_pixeldefend.attacks.training import HalfNormalBIM, HalfNormalFGSM
 from art_pixeldefend.classifiers.layers import Network
 from art_pixeldefend.classifiers.networks import as_art
 
+SMOOTHING = 0.1  # what label smoothing takes from the true class
 RATIO = 0.6 / 2.6  # of a batch that adversarial training attacks
 TECHNIQUES = ("normal", "label-smoothing", "adversarial-fgsm", "adversarial-bim")
 
@@ -79,7 +80,7 @@ def train(
     technique: str = "normal",
     *,
     delta: float = 8,
-    smoothing: float = 0.1,
+    smoothing: float = SMOOTHING,
     seed: int = 0,
     verbose: bool = False,
 ) -> Network:

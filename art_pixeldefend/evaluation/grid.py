@@ -190,7 +190,7 @@ class Grid:
                 replace(row, attacks=tuple(a for a in attacks if row.attacks is None or a in row.attacks))
                 for row in grid.rows
             )
-            grid = replace(grid, attacks=attacks, rows=of_rows)
+            grid = replace(grid, rows=of_rows)  # thresholds are still chosen under all the grid's attacks
         return grid if limit is None else replace(grid, images=min(check_count("limit", limit), grid.images))
 
 

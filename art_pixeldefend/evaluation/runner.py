@@ -101,7 +101,7 @@ def _named(grid: Grid | str, pixel_cnn: str | None) -> Grid:
 
 def _train(stages: Stages, processes: Team) -> None:
     """Every missing classifier, each by one process; one that fails fails its cells, later."""
-    missing = [row for row in stages.classifiers() if not stages.trained(row)]
+    missing = processes.gather([row for row in stages.classifiers() if not stages.trained(row)])[0]
     for row in processes.share(missing):
         _try(partial(stages.model, row))  # the cells that need it report a failure
     for failures in processes.gather(stages.failures):
@@ -125,7 +125,9 @@ def _cell(cell: Cell, stages: Stages, store: Store, processes: Team, bar: tqdm) 
     began, start = time.perf_counter(), bar.n
     count = stages.count(cell.row)
     key, errors = _try(lambda: stages.cell_key(cell))
-    if errors is None and (kept := store.read("cells", key)) is not None and "error" not in kept:
+    # One process decides for all: another run may finish the cell between one's look and the other's.
+    kept = processes.gather(store.read("cells", key) if errors is None else None)[0]
+    if kept is not None and "error" not in kept:
         bar.update(count)
         return kept
     starts = range(0, count, stages.grid.chunk)

@@ -9,6 +9,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 from art.defences.preprocessor import Preprocessor
 from art.estimators.classification import PyTorchClassifier
 
@@ -51,9 +52,15 @@ class Stages:
         self.classifier = lru_cache(maxsize=4)(self._classifier)
 
     @cached_property
+    def data_key(self) -> str:
+        """Tells data sets apart, by what is in them: a changed file of the same name makes new results."""
+        arrays = (self.data.x_train, self.data.y_train, self.data.x_test, self.data.y_test)
+        return digest({"arrays": [[str(a.dtype), a.shape, hashlib.sha256(a.tobytes()).hexdigest()] for a in arrays]})
+
+    @cached_property
     def pixel_cnn(self) -> PixelCNNpp:
-        """The density model, loaded when first needed."""
-        return as_pixel_cnn(self.grid.pixel_cnn)
+        """The density model, loaded when first needed, where ART puts classifiers."""
+        return as_pixel_cnn(self.grid.pixel_cnn, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
     # Classifiers
 
@@ -62,9 +69,10 @@ class Stages:
         grid = self.grid
         recipe = self.recipe(row)
         settings = {
-            "dataset": grid.dataset, "network": row.network, "sizes": dict(grid.sizes.get(row.network, {})),
+            "dataset": self.data_key, "network": row.network, "sizes": dict(grid.sizes.get(row.network, {})),
             "training": row.training, "recipe": asdict(recipe), "validation": grid.validation, "seed": grid.seed,
         }  # fmt: skip
+        settings |= {"smoothing": classifiers.SMOOTHING} if row.training == "label-smoothing" else {}
         return settings | ({"delta": grid.delta_of(row), "ratio": classifiers.RATIO} if row.adversarial else {})
 
     def recipe(self, row: Row) -> Recipe:
@@ -143,7 +151,7 @@ class Stages:
         arguments = dict(dict(self.grid.defences[row.defence])[path])
         settings = {
             "classifier": self.training(row), "pixel_cnn": self.pixel_cnn_key, "defence": path,
-            "arguments": arguments, "eps": list(radii), "attacks": list(self.grid.attacks),
+            "arguments": arguments, "eps": list(radii), "attacks": [attack_key(a) for a in self.grid.attacks],
         }  # fmt: skip
         if (kept := self.store.read("thresholds", settings)) is None:
             bare, count = row.classifier, len(self.splits["validation"][1])
@@ -200,11 +208,11 @@ class Stages:
     def attack_key(self, cell: Cell, start: int, count: int, split: str = "test") -> dict[str, Any]:
         """The settings that attacked images follow from: no more, so that rows and radii share what they can."""
         entry = ATTACKS[cell.attack] if cell.attack != CLEAN else None
-        key: dict[str, Any] = {"dataset": self.grid.dataset, "split": split, "start": start, "count": count}
+        key: dict[str, Any] = {"dataset": self.data_key, "split": split, "start": start, "count": count}
         key |= {"validation": self.grid.validation} if split == "validation" else {}
         if entry is None:
             return key
-        key |= {"attack": cell.attack, "seed": self.grid.seed}
+        key |= {"attack": attack_key(cell.attack), "seed": self.grid.seed}
         key |= {"eps": cell.eps} if entry.uses_eps else {}
         if entry.sees_classifier:
             through = self._defence_key(cell.row) if cell.row.threat == "through" else None
@@ -245,13 +253,18 @@ class Stages:
         """All settings that a cell's number follows from."""
         return {
             "classifier": self.training(cell.row), "threat": cell.row.threat, "defence": self._defence_key(cell.row),
-            "attack": cell.attack, "eps": cell.eps, "images": self.count(cell.row), "chunk": self.grid.chunk,
+            "attack": attack_key(cell.attack), "eps": cell.eps, "images": self.count(cell.row), "chunk": self.grid.chunk,
             "seed": self.grid.seed,
         }  # fmt: skip
 
     def count(self, row: Row) -> int:
         """How many test images a row is measured on: no more than there are."""
         return min(self.grid.images_of(row), len(self.data.x_test))
+
+
+def attack_key(name: str) -> list[Any]:
+    """Tells an attack, and its versions, apart."""
+    return [name, None if name == CLEAN else ATTACKS[name].version]
 
 
 def _has_density_model(steps: Sequence[Step]) -> bool:

@@ -138,7 +138,7 @@ def _shown(record: Mapping[str, Any] | None) -> str:
 def _notes(grid: Grid, results: Results) -> list[str]:
     """What one has to know to read the numbers."""
     done = [result for result in results.values() if "count" in result]
-    width = max((np.ptp(result["interval_percent"]) / 2 for result in done), default=0.0)
+    width = max((np.abs(np.subtract(r["interval_percent"], r["accuracy_percent"])).max() for r in done), default=0.0)
     notes = [
         "Accuracy in percent: **ours** (the paper's, ours minus the paper's).",
         f"95% intervals (Wilson) are at most {width:.1f} points to either side; each is in the CSV file.",

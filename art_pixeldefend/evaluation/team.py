@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
@@ -43,6 +45,8 @@ def team() -> Iterator[Team]:
         yield Team()
         return
     # gloo on GPUs too: what is exchanged is small. One may train for hours while others wait.
+    if gpus := torch.cuda.device_count():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
     dist.init_process_group("gloo", timeout=timedelta(days=7))
     try:
         yield Team(dist.get_rank(), dist.get_world_size())

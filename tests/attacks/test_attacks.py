@@ -130,6 +130,26 @@ def test_deepfool_of_a_linear_classifier_stops_right_behind_the_boundary():
     assert (predictions(estimator, DeepFoolLInf(estimator).generate(x)) != predictions(estimator, x)).all()
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2, 4])
+def test_deepfool_returns_8_bit_images_that_fool_a_deep_network(seed):
+    torch.manual_seed(seed)
+    layers = [nn.Flatten(), nn.Linear(36, 32), *(m for _ in range(4) for m in (nn.ReLU(), nn.Linear(32, 32)))]
+    network = nn.Sequential(*layers, nn.ReLU(), nn.Linear(32, 3)).requires_grad_(False)
+    for parameter in network.parameters():
+        parameter *= 3
+    deep = PyTorchClassifier(network, nn.CrossEntropyLoss(), (1, 6, 6), 3, clip_values=(0, 1), device_type="cpu")
+    x = np.random.default_rng(seed).integers(0, 256, (40, 1, 6, 6)).astype(np.float32) / 255
+    attacked = make_attack("deepfool", deep, eps=255).generate(x)
+    assert np.array_equal(from_levels(to_levels(attacked, (0, 1)), (0, 1)), attacked)
+    assert (predictions(deep, attacked) != predictions(deep, x)).all()
+
+
+@pytest.mark.parametrize("kind", [DeepFoolLInf, CarliniWagnerLInf])
+def test_attacks_of_bytes_are_those_of_floats(kind):
+    estimator, x = classifier((0.0, 255.0)), np.rint(images((0.0, 255.0), count=4))
+    assert np.array_equal(kind(estimator).generate(x.astype(np.uint8)), kind(estimator).generate(x))
+
+
 def test_carlini_wagner_finds_smaller_changes_than_fgsm_needs():
     estimator, x = classifier(), images(count=12) * 0.6 + 0.2
     y = predictions(estimator, x)
