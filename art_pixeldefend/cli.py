@@ -97,10 +97,11 @@ def purify(
     """
     from art_pixeldefend import AdaptivePixelDefend, PixelDefend
     from art_pixeldefend.evaluation.team import team
-    from art_pixeldefend.image_files import read_images, write_images
+    from art_pixeldefend.image_files import check_target, read_images, write_images
 
     with team() as processes:
         found = read_images(images)
+        check_target(out, found)
         options: dict = {"batch_size": batch_size, "verbose": verbose and processes.rank == 0}
         clip_values, pixel_cnn = (0, 255), _model_of(processes, model)
         if threshold:

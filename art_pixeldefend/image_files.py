@@ -100,20 +100,32 @@ def read_images(path: str | PathLike[str]) -> ImageSet:
     return ImageSet(as_nchw(str(path), images), names, layout_of(str(path), images))
 
 
-def write_images(path: str | PathLike[str], levels: np.ndarray, like: ImageSet) -> None:
-    """Write levels (N, C, H, W) in the form of the set they were made from: PNG files of the same names, or an array.
+def check_target(path: str | PathLike[str], like: ImageSet) -> None:
+    """Whether :func:`write_images` would take ``path``: to be asked before long work.
 
     Raises:
         ValueError: if a folder of that name exists already and is not empty, or an array file has another suffix than
             ``.npy`` and ``.npz``.
+    """
+    path = Path(path)
+    if like.layout != "folder" and path.suffix not in (".npy", ".npz"):
+        raise ValueError(f"arrays are written to .npy or .npz files, got {str(path)!r}")
+    if like.layout == "folder" and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{str(path)!r} exists already and is not an empty folder")
+
+
+def write_images(path: str | PathLike[str], levels: np.ndarray, like: ImageSet) -> None:
+    """Write levels (N, C, H, W) in the form of the set they were made from: PNG files of the same names, or an array.
+
+    Raises:
+        ValueError: as :func:`check_target` does.
         OSError: if it cannot be written; nothing partial is left.
     """
     path = Path(path)
+    check_target(path, like)
     if like.layout == "folder":
         _write_folder(path, levels, like.names)
         return
-    if path.suffix not in (".npy", ".npz"):
-        raise ValueError(f"arrays are written to .npy or .npz files, got {str(path)!r}")
     arrays = {"NHW": levels[:, 0], "NHWC": np.moveaxis(levels, 1, -1), "NCHW": levels}
     buffer = io.BytesIO()
     if path.suffix == ".npz":
@@ -152,8 +164,6 @@ def _read_file(path: Path) -> Image.Image:
 
 
 def _write_folder(path: Path, levels: np.ndarray, names: Sequence[str]) -> None:
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{str(path)!r} exists already and is not an empty folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:

@@ -10,7 +10,8 @@
 - ``thresholds``: of the classifiers behind Adaptive PixelDefend, how many attacked images are right as they are, how
   many purified, and how many either way, which no threshold can exceed;
 - ``classifiers``: images attacked and purified for one classifier, shown to the others;
-- ``attacks``: how far DeepFool and CW went before they were clipped, and BIM with four times its steps.
+- ``attacks``: how many of the images that were right DeepFool and CW fooled before they were clipped, and how far they
+  went; and BIM with four times its steps.
 """
 
 from __future__ import annotations
@@ -124,8 +125,13 @@ class Causes:
             cell = Cell(replace(self.row, defence="none"), attack, LEVELS - 1)  # clipped to nothing
             starts = range(0, self.images, chunk)
             x = np.concatenate([self.stages.attacked(cell, s, min(chunk, self.images - s)) for s in starts])
-            moved = np.abs(x - clean).max(axis=(1, 2, 3))[~self.right(self.row, x)] * (LEVELS - 1)
-            found[attack] = {"fooled": len(moved), "levels_quartiles": np.quantile(moved, [0.25, 0.5, 0.75]).tolist()}
+            right = self.right(self.row, clean)
+            moved = np.abs(x - clean).max(axis=(1, 2, 3))[right & ~self.right(self.row, x)] * (LEVELS - 1)
+            found[attack] = {
+                "right": int(right.sum()),
+                "fooled": len(moved),
+                "levels_quartiles": np.quantile(moved, [0.25, 0.5, 0.75]).tolist(),
+            }
         for eps in self.stages.grid.eps:
             longer = make_attack("bim", classifier, eps, max_iter=4 * bim_steps(eps), eps_step=level(classifier))
             x = longer.generate(clean, np.eye(len(self.stages.data.classes), dtype=np.float32)[self.y])

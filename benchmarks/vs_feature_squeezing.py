@@ -51,7 +51,10 @@ def main(
     estimator = PyTorchClassifier(
         load(classifier).eval(), nn.CrossEntropyLoss(), images.image_shape, len(images.classes), clip_values=UNIT
     )
-    attacked = attack_of(attack, estimator, eps, json.loads(arguments)).generate(x)
+    labels = (
+        np.eye(len(images.classes), dtype=np.float32)[y] if attack in ATTACKS and ATTACKS[attack].true_labels else None
+    )
+    attacked = attack_of(attack, estimator, eps, json.loads(arguments)).generate(x, labels)
     squeezing = preprocessor(defences(eps_defend, bits)["feature-squeezing"], clip_values=UNIT)
     purifier = PixelDefend(clip_values=UNIT, eps=eps_defend, pixel_cnn=pixel_cnn)
     print(f"| defence | clean | {attack}, eps {eps} | 95% interval | ms per image |\n|---|---|---|---|---|")

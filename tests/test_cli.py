@@ -36,6 +36,13 @@ def test_purify_writes_the_purified_array_in_the_form_of_the_input(images, tmp_p
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), expected[:, 0])
 
 
+def test_purify_refuses_an_output_before_the_work_is_done(images, tmp_path, monkeypatch):
+    monkeypatch.setattr("art_pixeldefend.defences.purifier.as_pixel_cnn", lambda *_: pytest.fail("too late"))
+    result = run("purify", images, tmp_path / "out.txt", "--model", "digits", "--quiet")
+    assert isinstance(result.exception, ValueError) and "out.txt" in str(result.exception)
+    assert not (tmp_path / "out.txt").exists()
+
+
 def test_score_prints_the_mean_and_writes_each_image(images, tmp_path, digits_model):
     result = run("score", images, "--model", "digits", "--out", tmp_path / "bits.csv", "--quiet")
     assert result.exit_code == 0, result.output

@@ -20,10 +20,9 @@ class DeepFoolLInf(EvasionAttack):
         x <- x + (1 + overshoot) |f_k| / ||w_k||_1 sign(w_k),  k the class nearest in that norm,
         f_k and w_k: logit k, and its gradient, less those of the class predicted first
 
-    until the prediction changes. An 8-bit image cannot hold a fraction of a level, and an image that is rounded when the
-    search is over is often back behind the boundary; so every step is rounded, outwards, and what the prediction is
-    asked about is what is returned. ART's ``DeepFool`` takes L2 steps, which put more than a small ball holds into few
-    pixels.
+    until the prediction changes. An 8-bit image cannot hold a fraction of a level, and one that is rounded when the
+    search is over is often back behind the boundary; so every step is rounded, outwards, and the prediction is of what
+    is returned. ART's ``DeepFool`` takes L2 steps, which put more than a small ball holds into few pixels.
 
     Args:
         estimator: an ART classifier with class gradients and clip values; its outputs should be logits.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from os import PathLike
 from pathlib import Path
@@ -139,7 +138,7 @@ class PixelDefendDetector(EvasionDetector):
         """
         if self.log_likelihoods is None:
             raise ValueError("the detector must be fitted, with fit(x_train), before it is saved")
-        header = {"kind": "detector", "model": _fingerprint(self.pixel_cnn)}
+        header = {"kind": "detector", "model": self.pixel_cnn.fingerprint()}
         checkpoint.write(path, {"log_likelihoods": torch.from_numpy(self.log_likelihoods)}, header)
 
     def load(self, path: str | PathLike[str]) -> None:
@@ -152,9 +151,16 @@ class PixelDefendDetector(EvasionDetector):
         tensors, header = checkpoint.read(path)
         if header.get("kind") != "detector" or "log_likelihoods" not in tensors:
             raise ValueError(f"path {str(Path(path))!r} holds no detector")
-        if header.get("model") != _fingerprint(self.pixel_cnn):
+        if header.get("model") != self.pixel_cnn.fingerprint():
             raise ValueError(f"path {str(Path(path))!r} holds log-likelihoods under another density model")
         self.log_likelihoods = tensors["log_likelihoods"].numpy()
+
+    def set_params(self, **kwargs: Any) -> None:
+        """As in ART. Another density model makes the log-likelihoods void: :meth:`fit` or :meth:`load` again."""
+        before = self.pixel_cnn
+        super().set_params(**kwargs)
+        if self.pixel_cnn is not before:
+            self.log_likelihoods = None
 
     def _check_params(self) -> None:
         self.pixel_cnn = as_pixel_cnn(self.pixel_cnn)
@@ -169,12 +175,3 @@ class PixelDefendDetector(EvasionDetector):
 def permutation_p_values(scores: np.ndarray, training_scores: np.ndarray) -> np.ndarray:
     """(1 + training scores <= score) / (N + 1), for each of ``scores`` (M,); ``training_scores`` (N,) are sorted."""
     return (1 + np.searchsorted(training_scores, scores, side="right")) / (len(training_scores) + 1)
-
-
-def _fingerprint(pixel_cnn: PixelCNNpp) -> str:
-    """Tells density models apart: a SHA-256 of the parameters."""
-    digest = hashlib.sha256(repr(pixel_cnn.configuration).encode())
-    for name, tensor in sorted(pixel_cnn.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -198,6 +199,14 @@ class PixelCNNpp(nn.Module):
             ValueError: if ``x`` is not a batch of levels of the model's image shape, naming it ``name``.
         """
         return check_levels(name, x, self.image_shape).to(self.device)
+
+    def fingerprint(self) -> str:
+        """A SHA-256 of configuration and parameters: tells models apart, whatever they are called."""
+        digest = hashlib.sha256(repr(self.configuration).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a safetensors file with the configuration and ``provenance`` in its header, all at once or not at all.

@@ -107,8 +107,8 @@ class Loss(nn.Module):
 class State:
     """What changes from step to step: the model, its average, the optimiser, the number of steps done."""
 
-    def __init__(self, model: PixelCNNpp, settings: Settings) -> None:
-        self.model, self.settings, self.step = model, settings, 0
+    def __init__(self, model: PixelCNNpp, settings: Settings, start: str | None = None) -> None:
+        self.model, self.settings, self.start, self.step = model, settings, start, 0
         self.parameters: list[Tensor] = list(model.parameters())
         self.average = [parameter.detach().clone() for parameter in self.parameters]
         self.optimizer = torch.optim.Adam(self.parameters, lr=settings.learning_rate, betas=(0.95, 0.9995), fused=True)
@@ -140,17 +140,19 @@ class State:
         tensors |= {f"average.{i}": tensor for i, tensor in enumerate(self.average)}
         for i, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in moments.items()}
-        checkpoint.write(path, tensors, {"step": self.step, "settings": asdict(self.settings)})
+        checkpoint.write(path, tensors, {"step": self.step, "settings": asdict(self.settings), "start": self.start})
 
     def load(self, path: Path) -> None:
         """Go on from what :meth:`save` wrote.
 
         Raises:
-            ValueError: if the file is not a checkpoint of a run with these settings.
+            ValueError: if the file is not a checkpoint of a run with these settings and this start.
         """
         tensors, header = checkpoint.read(path)
         if header.get("settings") != asdict(self.settings):
             raise ValueError(f"resume: {str(path)!r} is from a run with other settings: {header.get('settings')}")
+        if header.get("start") != self.start:
+            raise ValueError(f"resume: {str(path)!r} is from a run that started from other weights")
         try:
             with torch.no_grad():
                 for i, (parameter, average) in enumerate(zip(self.parameters, self.average, strict=True)):
@@ -295,13 +297,13 @@ class _Run:
         self.held_out = self.model.as_levels(held_out, "held_out")
         self.mixed_precision = bf16_pays(device) if mixed_precision is None else mixed_precision
         self._begin_with(start)
+        self.start = start
         loss = Loss(self.model, self.mixed_precision)
         self.loss = nn.parallel.DistributedDataParallel(loss) if world > 1 else loss
-        self.state = State(self.model, settings)
+        self.state = State(self.model, settings, None if start is None else start.fingerprint())
         self.batches = Batches(len(self.images), settings.batch_size, settings.seed, rank, world)
 
     def _begin_with(self, start: PixelCNNpp | None) -> None:
-        self.started_from = None if start is None else start.provenance
         if start is None:
             self.model.initialise(self.images[:100])
             return
@@ -366,8 +368,8 @@ class _Run:
             "training_images": len(self.images),
             "held_out_images": len(self.held_out),
         }
-        if self.started_from is not None:
-            self.model.provenance["start"] = self.started_from
+        if self.start is not None:
+            self.model.provenance["start"] = self.start.provenance
         if self.rank == 0:
             if len(self.held_out):
                 self.model.provenance["test_bits_per_dim"] = evaluate(self.model, self.held_out)

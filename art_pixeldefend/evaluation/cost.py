@@ -9,7 +9,7 @@ import numpy as np
 
 from art_pixeldefend import classifiers
 from art_pixeldefend.attacks.budget import bim_steps
-from art_pixeldefend.evaluation.grid import CLEAN, Cell
+from art_pixeldefend.evaluation.grid import CLEAN
 from art_pixeldefend.evaluation.stages import Stages
 from art_pixeldefend.evaluation.table import title
 
@@ -31,8 +31,8 @@ def estimate(stages: Stages) -> str:
             lines.append(f"to train: {title(row)}, {recipe['steps']} steps")
             seconds += passes * gradient[row.network]
     for cell in grid.cells():
-        calibrated = any("calibrated" in map(str, arguments.values()) for _, arguments in _steps(stages, cell))
-        if not calibrated and (kept := stages.store.read("cells", stages.cell_key(cell))) and "error" not in kept:
+        kept = stages.store.read("cells", stages.cell_key(cell)) if stages.calibrated(cell.row) else None
+        if kept and "error" not in kept:
             lines.append(f"done:   {cell.name}")
             continue
         lines.append(f"to do:  {cell.name}")
@@ -46,10 +46,6 @@ def estimate(stages: Stages) -> str:
         seconds += count * (defence[cell.row.defence] + gradient[cell.row.network] / 3)
     lines.append(f"about {seconds / 60:.0f} minutes for {len(data.x_test[: grid.images])} images a cell on one process")
     return "\n".join(lines) + "\n"
-
-
-def _steps(stages: Stages, cell: Cell) -> tuple:
-    return stages.grid.defences.get(cell.row.defence, ())
 
 
 def _passes_a_step(training: str, delta: float | None) -> float:

@@ -147,12 +147,8 @@ class Stages:
 
         A threshold is the model's and the classifier's, so rows of another threat share it.
         """
-        radii = self.grid.eps_of(row)
-        arguments = dict(dict(self.grid.defences[row.defence])[path])
-        settings = {
-            "classifier": self.training(row), "pixel_cnn": self.pixel_cnn_key, "defence": path,
-            "arguments": arguments, "eps": list(radii), "attacks": [attack_key(a) for a in self.grid.attacks],
-        }  # fmt: skip
+        settings = self._threshold_key(row, path)
+        radii, arguments = self.grid.eps_of(row), settings["arguments"]
         if (kept := self.store.read("thresholds", settings)) is None:
             bare, count = row.classifier, len(self.splits["validation"][1])
             attacked = {
@@ -168,6 +164,19 @@ class Stages:
             self.store.write("thresholds", settings, kept)
         return kept["threshold"]
 
+    def _threshold_key(self, row: Row, path: str) -> dict[str, Any]:
+        return {
+            "classifier": self.training(row), "pixel_cnn": self.pixel_cnn_key, "defence": path,
+            "arguments": dict(dict(self.grid.defences[row.defence])[path]), "eps": list(self.grid.eps_of(row)),
+            "attacks": [attack_key(attack) for attack in self.grid.attacks],
+        }  # fmt: skip
+
+    def calibrated(self, row: Row) -> bool:
+        """Whether the thresholds that the row's defence needs are there."""
+        steps = () if row.defence == "none" else self.grid.defences[row.defence]
+        needed = (self._threshold_key(row, path) for path, arguments in steps if _calibrated(arguments))
+        return all(self.store.read("thresholds", key) is not None for key in needed)
+
     def build(self, steps: Sequence[Step]) -> Preprocessor | None:
         """The preprocessor that steps describe, with clip values and density model where it takes them."""
         common = {"pixel_cnn": self.pixel_cnn} if _has_density_model(steps) else {}
@@ -176,11 +185,7 @@ class Stages:
     @cached_property
     def pixel_cnn_key(self) -> str:
         """Tells density models apart, by what is in them: a retrained one under the same name makes new results."""
-        weights = {
-            name: hashlib.sha256(value.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
-            for name, value in self.pixel_cnn.state_dict().items()
-        }
-        return digest({"configuration": self.pixel_cnn.configuration, "weights": weights})
+        return self.pixel_cnn.fingerprint()
 
     def _defence_key(self, row: Row) -> dict[str, Any] | None:
         steps = self.steps(row)
@@ -253,8 +258,8 @@ class Stages:
         """All settings that a cell's number follows from."""
         return {
             "classifier": self.training(cell.row), "threat": cell.row.threat, "defence": self._defence_key(cell.row),
-            "attack": attack_key(cell.attack), "eps": cell.eps, "images": self.count(cell.row), "chunk": self.grid.chunk,
-            "seed": self.grid.seed,
+            "attack": attack_key(cell.attack), "eps": cell.eps, "images": self.count(cell.row),
+            "chunk": self.grid.chunk, "seed": self.grid.seed,
         }  # fmt: skip
 
     def count(self, row: Row) -> int:

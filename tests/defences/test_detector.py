@@ -107,6 +107,26 @@ def test_saved_likelihoods_are_loaded_by_the_same_models_detector_only(
         again.load(tmp_path / "missing")
 
 
+def test_another_density_model_makes_the_likelihoods_void(detector, make_model, drawn):
+    detector.set_params(alpha=0.2)
+    detector.detect(drawn[:1])
+    detector.set_params(pixel_cnn=make_model(SHAPE, seed=9))
+    with pytest.raises(ValueError, match="fit"):
+        detector.detect(drawn[:1])
+
+
+def test_likelihoods_of_a_bfloat16_model_are_saved_and_loaded(pixel_cnn, drawn, tmp_path):
+    reduced = copy.deepcopy(pixel_cnn).bfloat16()
+    detector = PixelDefendDetector(reduced, clip_values=(0, 255))
+    detector.fit(drawn[:20])
+    detector.save(tmp_path / "likelihoods.safetensors")
+    again = PixelDefendDetector(reduced, clip_values=(0, 255))
+    again.load(tmp_path / "likelihoods.safetensors")
+    assert np.array_equal(again.log_likelihoods, detector.log_likelihoods)
+    with pytest.raises(ValueError, match="another density model"):
+        PixelDefendDetector(pixel_cnn).load(tmp_path / "likelihoods.safetensors")
+
+
 def test_a_detector_that_was_not_fitted_says_so(pixel_cnn, drawn, tmp_path):
     detector = PixelDefendDetector(pixel_cnn)
     with pytest.raises(ValueError, match="fit"):

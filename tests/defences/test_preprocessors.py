@@ -367,6 +367,8 @@ def test_calibration_does_not_lower_the_accuracy_under_the_strongest_attack(pixe
     before = strongest(defence)
     threshold = defence.calibrate(bare, attacked, np.eye(4)[y])
     assert defence.threshold == threshold
+    for labels in (y, y[:, None]):
+        assert AdaptivePixelDefend(eps=16, pixel_cnn=pixel_cnn).calibrate(bare, attacked, labels) == threshold
     assert strongest(defence) >= before
 
 

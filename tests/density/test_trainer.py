@@ -118,6 +118,15 @@ def test_a_checkpoint_of_other_settings_is_not_resumed(uninterrupted, make_level
         train(other, make_levels(64, SHAPE), make_levels(4, SHAPE), tmp_path, resume=True, verbose=False)
 
 
+def test_a_run_from_other_weights_is_not_resumed(uninterrupted, make_levels, tmp_path):
+    (tmp_path / "checkpoint.safetensors").write_bytes((uninterrupted[0] / "checkpoint.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="started from other weights"):
+        train(
+            SMALL, make_levels(64, SHAPE), make_levels(4, SHAPE), tmp_path,
+            start=uninterrupted[1], resume=True, verbose=False,
+        )  # fmt: skip
+
+
 def test_a_run_that_learns_nothing_gives_the_model_it_started_from(uninterrupted, make_levels, tmp_path):
     start = uninterrupted[1]
     before = {name: tensor.clone() for name, tensor in start.state_dict().items()}
