@@ -40,11 +40,34 @@ def has_numba() -> bool:
     return True
 
 
+def _graphed(pixel_cnn: PixelCNNpp, x: Tensor, eps: int) -> Tensor:
+    from art_pixeldefend.decoding import graphed  # Triton may be absent
+
+    return graphed.decode(pixel_cnn, x, eps)
+
+
+def graphed_engine_fits(pixel_cnn: PixelCNNpp) -> bool:
+    """Is Triton there, and the model on an NVIDIA GPU, and not in double precision?"""
+    return pixel_cnn.device.type == "cuda" and pixel_cnn.dtype != torch.float64 and has_triton()
+
+
+@cache
+def has_triton() -> bool:
+    """Can the graphed engine be imported?"""
+    try:
+        import triton  # noqa: F401
+    except Exception:  # likewise
+        return False
+    return True
+
+
+FITS = {"compiled": compiled_engine_fits, "graphed": graphed_engine_fits}  # engines that are not for every model
 ENGINES: dict[str, Engine] = {
     "reference": reference.decode,
     "fixed-point": lambda pixel_cnn, x, eps: fixed_point.decode(pixel_cnn, x, Greedy(x, eps)),
     "cached": lambda pixel_cnn, x, eps: cached.decode(pixel_cnn, x, Greedy(x, eps)),
     "compiled": _compiled,
+    "graphed": _graphed,
 }
 BATCH_SIZE = 128
 
@@ -52,17 +75,18 @@ BATCH_SIZE = 128
 def choose_engine(pixel_cnn: PixelCNNpp, method: str) -> str:
     """The name of the engine behind a method: itself, or for ``"auto"`` the fastest that is there for this model.
 
-    The rule, from the measurements in ``benchmarks/README.md``: the compiled engine wherever it fits, since it is the
-    fastest at every batch size; the cached one everywhere else.
+    The rule, from the measurements in ``benchmarks/README.md``: the compiled engine wherever it fits, which is on a CPU,
+    and the graphed one wherever that does, on a GPU, since they are the fastest at every batch size; the cached one
+    everywhere else.
 
     Raises:
         ValueError: if there is no method of that name.
     """
     if method != "auto" and method not in ENGINES:
         raise ValueError(f"method must be one of auto, {', '.join(ENGINES)}, got {method!r}")
-    if method in ("auto", "compiled"):
-        return "compiled" if compiled_engine_fits(pixel_cnn) else "cached"
-    return method
+    if method == "auto":
+        return next((engine for engine, fits in FITS.items() if fits(pixel_cnn)), "cached")
+    return method if method not in FITS or FITS[method](pixel_cnn) else "cached"
 
 
 @overload
@@ -77,8 +101,9 @@ def greedy_decode(pixel_cnn, x, eps, method="auto", *, batch_size=BATCH_SIZE, ve
             differ at some sub-pixels, ``benchmarks/README.md`` says at how many.
         x: levels (N, C, H, W) of the model's image shape.
         eps: radius in levels, 0..255, around the input's value.
-        method: ``"reference"``, ``"fixed-point"``, ``"cached"``, ``"compiled"``, or ``"auto"`` for the fastest that is
-            there; all give the same image. ``"compiled"`` is ``"cached"`` without Numba, or with the model on a GPU.
+        method: ``"reference"``, ``"fixed-point"``, ``"cached"``, ``"compiled"``, ``"graphed"``, or ``"auto"`` for the
+            fastest that is there; all give the same image. ``"compiled"`` is for CPUs and needs Numba, ``"graphed"`` is
+            for NVIDIA GPUs and needs Triton: where they cannot work they are ``"cached"``.
         batch_size: most images in memory at a time.
         verbose: show a progress bar.
 

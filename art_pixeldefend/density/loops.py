@@ -16,8 +16,12 @@ import torch
 from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic, overload
+from torch import Tensor
 
 CHANCES = 1 << 16  # a dropout's probability is rounded to a multiple of 1 / CHANCES: one hash serves two numbers
+
+Chance = tuple[np.uint32, np.float32, np.uint32, np.uint32]  # drop, scale, two seeds
+Padding = tuple[int, int, int, int]  # left, right, top, bottom
 
 _f, _i, _u = np.float32, np.int32, np.uint32
 
@@ -278,3 +282,60 @@ def weight_loops(dtype: torch.dtype) -> tuple[Callable, Callable]:
                 of_direction[o, i] = (_load(gradient[o, i]) - direction[o, i] * along) * factor
 
     return forward, backward
+
+
+# The same on tensors in the channels-last layout
+
+
+def chance(probability: float, like: Tensor) -> Chance:
+    """A dropout whose seeds are of torch's generator: its seed determines the run."""
+    drop = round(probability * CHANCES)
+    seeds = torch.randint(1 << 32, (2,)).tolist()
+    return np.uint32(drop), np.float32(CHANCES / (CHANCES - drop)), np.uint32(seeds[0]), np.uint32(seeds[1])
+
+
+def concat_elu(x: Tensor, y: Tensor, padding: Padding, dropout: Chance | None) -> None:
+    """``y`` (N, 2 F, H', W') = concat_elu of ``x`` (N, F, H, W), zeros around it."""
+    loops, size = activation_loops(x.shape[1], x.dtype), (len(x), *x.shape[2:])
+    if dropout:
+        loops.dropped(x.data_ptr(), y.data_ptr(), size, padding, dropout)
+    else:
+        loops.concat_elu(x.data_ptr(), y.data_ptr(), size, padding)
+
+
+def concat_elu_backward(y: Tensor, gradient: Tensor, result: Tensor, padding: Padding, dropout: Chance | None) -> None:
+    """``result`` (N, F, H, W): the gradient of what ``y`` was made of."""
+    loops, size = activation_loops(result.shape[1], y.dtype), (len(result), *result.shape[2:])
+    addresses = (y.data_ptr(), gradient.data_ptr(), result.data_ptr())
+    if dropout:
+        loops.dropped_backward(*addresses, size, padding, dropout)
+    else:
+        loops.concat_elu_backward(*addresses, size, padding)
+
+
+def gate(x: Tensor, ab: Tensor, y: Tensor) -> None:
+    """``y`` = ``x`` + a sigmoid(b)."""
+    filters = x.shape[1]
+    activation_loops(filters, x.dtype).gate(x.data_ptr(), ab.data_ptr(), y.data_ptr(), x.numel() // filters)
+
+
+def gate_backward(ab: Tensor, gradient: Tensor, result: Tensor) -> None:
+    """``result``: the gradient of ``ab``."""
+    filters = gradient.shape[1]
+    backward = activation_loops(filters, ab.dtype).gate_backward
+    backward(ab.data_ptr(), gradient.data_ptr(), result.data_ptr(), gradient.numel() // filters)
+
+
+def weight_norm(direction: Tensor, gain: Tensor, norms: Tensor, weight: Tensor) -> None:
+    """``weight`` = g v / |v|, and |v| into ``norms``."""
+    size = len(direction), direction.numel() // len(direction)
+    weight_loops(weight.dtype)[0](*(x.data_ptr() for x in (direction, gain, norms, weight)), size)
+
+
+def weight_norm_backward(
+    direction: Tensor, gain: Tensor, norms: Tensor, gradient: Tensor, of_direction: Tensor, of_gain: Tensor
+) -> None:
+    """The gradients of v and g."""
+    size = len(direction), direction.numel() // len(direction)
+    tensors = (direction, gain, norms, gradient, of_direction, of_gain)
+    weight_loops(gradient.dtype)[1](*(x.data_ptr() for x in tensors), size)

@@ -111,7 +111,7 @@ def test_a_training_step_is_that_of_torch(make_model, make_levels, monkeypatch):
     gradients = []
     for layout, known in ((torch.channels_last, True), (torch.channels_last, False), (torch.contiguous_format, True)):
         if not known:
-            monkeypatch.setattr(fused, "_loops", lambda: None)  # as without Numba
+            monkeypatch.setattr(fused, "_passes", lambda device: None)  # as without Numba
         model.to(memory_format=layout).zero_grad()
         model.sub_pixel_log_probs(x.contiguous(memory_format=layout)).mean().backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))

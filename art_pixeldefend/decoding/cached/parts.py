@@ -11,7 +11,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from art_pixeldefend.decoding.cached.rows import Steps, make_rows, windows
+from art_pixeldefend.decoding.cached.rows import Memory, Steps, windows
 from art_pixeldefend.density.layers import GatedResnet, WeightNormConv2d
 from art_pixeldefend.density.network import PixelCNNppNetwork, Stream
 
@@ -31,28 +31,27 @@ def bias_of(convolution: WeightNormConv2d) -> Tensor:
 class Activations:
     """Of one stream at one point between layers, two rows: row r in slot r % 2, a column of zeros on either side."""
 
-    def __init__(self, like: Tensor, width: int, filters: int, count: int) -> None:
+    def __init__(self, memory: Memory, width: int, filters: int) -> None:
         self.width = width
-        self.plain = make_rows(like, 2, width + 2, filters, count)
-        self.active = make_rows(like, 2, width + 2, 2 * filters, count)
+        self.plain = memory.rows(2, width + 2, filters)
+        self.active = memory.rows(2, width + 2, 2 * filters)
 
     def activate(self, steps: Steps, slot: int, first: int, end: int) -> None:
         """Columns first..end were written: their concat_elu."""
-        active = self.active[slot, first + 1 : end + 1]
-        steps.copy(self.plain[slot, first + 1 : end + 1], active.chunk(2, dim=1)[0])
-        steps.concat_elu(active)
+        here = slice(first + 1, end + 1)
+        steps.concat_elu(self.plain[slot, here], self.active[slot, here])
 
 
 class Node:
     """A point between two layers: both streams."""
 
-    def __init__(self, like: Tensor, width: int, filters: int, count: int) -> None:
-        self.u, self.ul = (Activations(like, width, filters, count) for _ in range(2))
-        self.width, self.filters, self.count = width, filters, count
+    def __init__(self, memory: Memory, width: int, filters: int) -> None:
+        self.u, self.ul = (Activations(memory, width, filters) for _ in range(2))
+        self.memory, self.width, self.filters = memory, width, filters
 
     def room(self, features: int) -> Tensor:
         """Zeros (W, features, N), memory for sums."""
-        return make_rows(self.u.plain, 1, self.width, features, self.count)[0]
+        return self.memory.rows(1, self.width, features)[0]
 
 
 class Part(Protocol):
@@ -127,9 +126,7 @@ class Layer:
         parts = aside.weight().flatten(1).unflatten(1, (2, -1, filters))
         self.aside_u, self.aside_ul = parts[:, :, 0].flatten(1), parts[:, :, -1].flatten(1)
         self.ul_in.bias = self.ul_in.bias + bias_of(aside)
-        self.u_middle, self.ul_middle = (
-            make_rows(room, 2, source.width + 2, 2 * filters, source.count) for _ in range(2)
-        )
+        self.u_middle, self.ul_middle = (source.memory.rows(2, source.width + 2, 2 * filters) for _ in range(2))
 
     def begin_row(self, steps: Steps, row: int) -> None:
         """The ``u`` stream, and what of the ``ul`` stream is known."""
@@ -139,7 +136,7 @@ class Layer:
         self.u_in.row(steps, slot, self.source.u.active, y)
         if self.skip is not None:
             steps.contract(y, self.u_skip, self.skip.u.active[slot, 1:-1], y)
-        steps.concat_elu(middle)
+        steps.concat_elu(y, middle)
         self.u_out.row(steps, slot, self.u_middle, self.room)
         self._gate(steps, self.source.u, self.target.u, slot, 0, len(self.room))
         self.ul_in.begin_row(steps, slot, self.source.ul.active)
@@ -154,14 +151,13 @@ class Layer:
         self.ul_in.stretch(steps, slot, first, end, self.source.ul.active, y)
         if self.skip is not None:
             steps.contract(y, self.aside_ul, self.skip.ul.active[slot, first + 1 : end + 1], y)
-        steps.concat_elu(middle)
+        steps.concat_elu(y, middle)
         self.ul_out.stretch(steps, slot, first, end, self.ul_middle, self.room[first:end])
         self._gate(steps, self.source.ul, self.target.ul, slot, first, end)
 
     def _gate(self, steps: Steps, source: Activations, target: Activations, slot: int, first: int, end: int) -> None:
         here = slice(first + 1, end + 1)
-        steps.gate(source.plain[slot, here], self.room[first:end], target.plain[slot, here])
-        target.activate(steps, slot, first, end)
+        steps.gate(source.plain[slot, here], self.room[first:end], target.plain[slot, here], target.active[slot, here])
 
 
 class Start:

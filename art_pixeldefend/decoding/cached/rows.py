@@ -22,11 +22,25 @@ def are_few(images: int) -> bool:
     return images <= FEW
 
 
-def make_rows(like: Tensor, rows: int, width: int, features: int, count: int) -> Tensor:
-    """Zeros (rows, width, features, images): images first in memory where they are few, and last where they are not."""
-    if are_few(count):
-        return like.new_zeros(count, rows, width, features).movedim(0, -1)
-    return like.new_zeros(rows, width, features, count)
+class Memory:
+    """Rows of ``count`` images, on the device and of the dtype of ``like``."""
+
+    def __init__(self, like: Tensor, count: int) -> None:
+        self.like, self.count = like, count
+        self._taken: list[Tensor] = []
+
+    def rows(self, rows: int, width: int, features: int) -> Tensor:
+        """Zeros (rows, width, features, images): in memory, few images come first, and many last."""
+        if are_few(self.count):
+            zeros = self.like.new_zeros(self.count, rows, width, features).movedim(0, -1)
+        else:
+            zeros = self.like.new_zeros(rows, width, features, self.count)
+        self._taken.append(zeros)
+        return zeros
+
+    def clear(self) -> None:
+        """Zeros everywhere again."""
+        torch._foreach_zero_(self._taken)
 
 
 def windows(row: Tensor, first: int, count: int, taps: int = 1, stride: int = 1) -> Tensor:
@@ -44,33 +58,32 @@ class Steps:
     """
 
     def __init__(self) -> None:
-        self._calls: list[partial] = []
+        self.calls: list[partial] = []
 
     def run(self) -> None:
         """Make the calls."""
-        for call in self._calls:
+        for call in self.calls:
             call()
 
     def contract(self, sums: Tensor, weight: Tensor, x: Tensor, out: Tensor) -> None:
         """``out`` (n, F', N) = ``sums``, or what expands to it, + ``weight`` (F', F) times ``x`` (n, F, N)."""
         if x.stride(1) == 1:  # images first
             sums, x, out = sums.permute(2, 0, 1), x.permute(2, 0, 1), out.permute(2, 0, 1)
-            self._calls.append(partial(torch.baddbmm, sums, x, weight.t().expand(len(x), -1, -1), out=out))
+            self.calls.append(partial(torch.baddbmm, sums, x, weight.t().expand(len(x), -1, -1), out=out))
         elif len(x) == 1:
-            self._calls.append(partial(torch.addmm, sums[0], weight, x[0], out=out[0]))
+            self.calls.append(partial(torch.addmm, sums[0], weight, x[0], out=out[0]))
         else:
-            self._calls.append(partial(torch.baddbmm, sums, weight.expand(len(x), -1, -1), x, out=out))
+            self.calls.append(partial(torch.baddbmm, sums, weight.expand(len(x), -1, -1), x, out=out))
 
-    def concat_elu(self, x: Tensor) -> None:
-        """elu(y) and elu(-y), one above the other, in place of ``x`` (n, 2 F, N), whose upper half is y."""
-        upper, lower = x.chunk(2, dim=1)
-        self._calls += [partial(torch.neg, upper, out=lower), partial(F.elu_, x)]
+    def concat_elu(self, x: Tensor, out: Tensor) -> None:
+        """elu(x) and elu(-x), one above the other, into ``out`` (n, 2 F, N), whose upper half ``x`` may be."""
+        upper, lower = out.chunk(2, dim=1)
+        if upper.data_ptr() != x.data_ptr():
+            self.calls.append(partial(upper.copy_, x))
+        self.calls += [partial(torch.neg, upper, out=lower), partial(F.elu_, out)]
 
-    def gate(self, x: Tensor, ab: Tensor, out: Tensor) -> None:
-        """``out`` = ``x`` + a sigmoid(b), with a and b one above the other; b is overwritten."""
+    def gate(self, x: Tensor, ab: Tensor, out: Tensor, active: Tensor) -> None:
+        """``out`` = ``x`` + a sigmoid(b), a and b one above the other, and its concat_elu; b is overwritten."""
         a, b = ab.chunk(2, dim=1)
-        self._calls += [partial(b.sigmoid_), partial(torch.addcmul, x, a, b, out=out)]
-
-    def copy(self, x: Tensor, out: Tensor) -> None:
-        """``out`` = ``x``."""
-        self._calls.append(partial(out.copy_, x))
+        self.calls += [partial(b.sigmoid_), partial(torch.addcmul, x, a, b, out=out)]
+        self.concat_elu(out, active)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import cast
 
 from torch import Tensor
 
 from art_pixeldefend.decoding.cached.parts import PERIOD, Grow, Head, Layer, Node, Part, Shrink, Start
-from art_pixeldefend.decoding.cached.rows import Steps, make_rows
+from art_pixeldefend.decoding.cached.rows import Memory, Steps
 from art_pixeldefend.density import PixelCNNpp, mixture
 from art_pixeldefend.density.network import STAGES, PixelCNNppNetwork, Stream
 
@@ -17,15 +17,15 @@ from art_pixeldefend.density.network import STAGES, PixelCNNppNetwork, Stream
 class Flight:
     """Parts that follow one another at one resolution, and the steps that they have been asked for."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self._parts = parts
+    def __init__(self, parts: Sequence[Part], new_steps: Callable[[], Steps]) -> None:
+        self._parts, self._new_steps = parts, new_steps
         self._kept: dict[tuple[int, ...], Steps] = {}
 
     def begin_row(self, row: int) -> None:
         """What the rows above decide."""
         where = (row % PERIOD,)
         if where not in self._kept:
-            self._kept[where] = Steps()
+            self._kept[where] = self._new_steps()
             for part in self._parts:
                 part.begin_row(self._kept[where], *where)
         self._kept[where].run()
@@ -34,22 +34,29 @@ class Flight:
         """The rest, at columns first..end."""
         where = (row % PERIOD, first, end)
         if where not in self._kept:
-            self._kept[where] = Steps()
+            self._kept[where] = self._new_steps()
             for part in self._parts:
                 part.stretch(self._kept[where], *where)
         self._kept[where].run()
 
 
 class Walk:
-    """The network, its weights fused, and the caches of ``count`` images."""
+    """The network, its weights fused, and the caches of ``count`` images.
 
-    def __init__(self, pixel_cnn: PixelCNNpp, count: int) -> None:
+    Args:
+        pixel_cnn: the density model.
+        count: images N.
+        new_steps: makes what the steps are noted in.
+    """
+
+    def __init__(self, pixel_cnn: PixelCNNpp, count: int, new_steps: Callable[[], Steps] = Steps) -> None:
         network, width = pixel_cnn.network, pixel_cnn.image_shape[-1]
-        like = network.head.bias
+        self.memory = Memory(network.head.bias, count)
+        self._new_steps = new_steps
         widths = [-(-width // 2**s) for s in range(STAGES)]
-        self._new_nodes = [partial(Node, like, width, pixel_cnn.filters, count) for width in widths]
-        self._rooms = [make_rows(like, 1, width, 2 * pixel_cnn.filters, count)[0] for width in widths]
-        self.image = make_rows(like, PERIOD, width + 2, pixel_cnn.image_shape[0] + 1, count)
+        self._new_nodes = [partial(Node, self.memory, width, pixel_cnn.filters) for width in widths]
+        self._rooms = [self.memory.rows(1, width, 2 * pixel_cnn.filters)[0] for width in widths]
+        self.image = self.memory.rows(PERIOD, width + 2, pixel_cnn.image_shape[0] + 1)
         nodes = [[new_node()] for new_node in self._new_nodes]
         self.up = [self._way_up(network, s, nodes) for s in range(STAGES)]
         self.down: list[Flight] = []
@@ -68,7 +75,7 @@ class Walk:
         for u, ul in stream.pairs():
             here.append(self._new_nodes[s]())
             parts.append(Layer(u, ul, here[-2], here[-1], None, self._rooms[s]))
-        return Flight(parts)
+        return Flight(parts, self._new_steps)
 
     def _way_down(self, network: PixelCNNppNetwork, s: int, skips: list[Node], last: Node) -> tuple[Flight, Node]:
         stage = STAGES - 1 - s
@@ -79,7 +86,7 @@ class Walk:
         for u, ul in cast(Stream, network.down[stage]).pairs():
             source, last = last, self._new_nodes[s]()
             parts.append(Layer(u, ul, source, last, skips.pop(), self._rooms[s]))
-        return Flight(parts), last
+        return Flight(parts, self._new_steps), last
 
     def begin_row(self, row: int) -> None:
         """Everything that the rows above decide, at every level that is due."""
