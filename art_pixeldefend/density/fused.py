@@ -79,7 +79,7 @@ class _ConcatElu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dropout: float, padding: Padding) -> Tensor:
         x, passes = _laid_out(x), _passes(x.device.type)
-        n, filters, height, width = x.shape
+        _, filters, height, width = x.shape
         y = _empty(x, 2 * filters, height + padding[2] + padding[3], width + padding[0] + padding[1])
         ctx.how = padding, passes.chance(dropout, x) if dropout else None
         ctx.shape = filters, height, width

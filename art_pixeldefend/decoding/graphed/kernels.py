@@ -60,7 +60,8 @@ def _gate(
 @triton.jit
 def _choose(
     outputs, x, levels, image, changed, eps, count, column, feature, number,
-    CHANNEL: tl.constexpr, CHANNELS: tl.constexpr, K: tl.constexpr, ROOM: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr
+    CHANNEL: tl.constexpr, CHANNELS: tl.constexpr, K: tl.constexpr, ROOM: tl.constexpr,
+    WINDOW: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
     m = tl.program_id(0)
     k = tl.arange(0, ROOM)
@@ -157,6 +158,7 @@ def choose(params: Tensor, x: Tensor, levels: Tensor, image: Tensor, changed: Te
     room, window = triton.next_power_of_2(mixtures), min(2 * eps + 1, mixture.LEVELS)
     for channel in range(channels):
         _choose[(columns * count,)](
-            params, x, levels, image, changed, eps, count, *image.stride(), channel, channels, mixtures, room, window, CHUNK,
+            params, x, levels, image, changed, eps, count, *image.stride(), channel, channels, mixtures, room,
+            window, CHUNK,
             num_warps=1,
         )  # fmt: skip
