@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from art_pixeldefend import PixelCNNpp, __version__, datasets
+from art_pixeldefend.density.gradients import Eager, gradients_of
 from art_pixeldefend.density.trainer import Loss, Settings, State, bf16_pays
 from art_pixeldefend.files import write_atomically
 
@@ -35,12 +36,12 @@ def stepper(model: PixelCNNpp, plain: bool, device: torch.device) -> Callable[[t
     model = model.to(device=device, memory_format=layout).train()
     loss_of = Loss(model, mixed_precision=not plain and bf16_pays(device))
     state = State(model, Settings(steps=10**6))
+    gradients = Eager(loss_of) if plain else gradients_of(loss_of, device)
 
     def step(batch: torch.Tensor) -> torch.Tensor:
-        loss = loss_of(batch.contiguous(memory_format=layout))
-        loss.backward()
+        loss = gradients(batch.contiguous(memory_format=layout))
         state.update()
-        return loss.detach()
+        return loss
 
     return step
 

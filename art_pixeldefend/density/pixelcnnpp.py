@@ -20,6 +20,7 @@ from art_pixeldefend.density.precision import full_float32
 from art_pixeldefend.validation import check_count, check_image_shape, check_levels
 
 SCORING_CHUNK = 16  # images a pass: on a CPU larger ones lose more to memory allocation than they gain
+GPU_SCORING_CHUNK = 256  # a GPU is not busy with fewer
 LEVEL_CHUNK = 32  # levels at a time where all 256 are asked for
 
 
@@ -132,7 +133,8 @@ class PixelCNNpp(nn.Module):
         """
         x = self.as_levels(x)
         with self.evaluating(), kept_weights(self):
-            chunks = [self.sub_pixel_log_probs(chunk).double().sum((1, 2, 3)) for chunk in x.split(SCORING_CHUNK)]
+            pieces = x.split(GPU_SCORING_CHUNK if x.is_cuda else SCORING_CHUNK)
+            chunks = [self.sub_pixel_log_probs(piece).double().sum((1, 2, 3)) for piece in pieces]
         return torch.cat(chunks)
 
     def bits_per_dim(self, x: Tensor | np.ndarray) -> Tensor:

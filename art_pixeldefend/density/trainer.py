@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from art_pixeldefend import __version__
 from art_pixeldefend.density import checkpoint
+from art_pixeldefend.density.gradients import gradients_of
 from art_pixeldefend.density.pixelcnnpp import PixelCNNpp
 from art_pixeldefend.files import write_atomically
 from art_pixeldefend.pictures import write_sheet
@@ -299,7 +300,7 @@ class _Run:
         self._begin_with(start)
         self.start = start
         loss = Loss(self.model, self.mixed_precision)
-        self.loss = nn.parallel.DistributedDataParallel(loss) if world > 1 else loss
+        self.gradients = gradients_of(nn.parallel.DistributedDataParallel(loss) if world > 1 else loss, device)
         self.state = State(self.model, settings, None if start is None else start.fingerprint())
         self.batches = Batches(len(self.images), settings.batch_size, settings.seed, rank, world)
 
@@ -351,10 +352,9 @@ class _Run:
         step, settings = self.state.step, self.settings
         batch = self.images[self.batches(step).to(self.device)]
         torch.manual_seed((settings.seed * 1_000_003 + step) * self.world + self.rank)  # dropout
-        loss = self.loss(batch.contiguous(memory_format=torch.channels_last))
-        loss.backward()
+        loss = self.gradients(batch.contiguous(memory_format=torch.channels_last))
         self.state.update()
-        return loss.detach()
+        return loss
 
     def _finish(self) -> PixelCNNpp:
         with torch.no_grad():
