@@ -9,12 +9,12 @@ from art_pixeldefend import PixelCNNpp, greedy_decode
 from art_pixeldefend.density import pretrained
 
 
-@pytest.mark.parametrize("name", ["digits", "fashion-mnist"])
+@pytest.mark.parametrize("name", pretrained.names())
 def test_every_bundled_model_has_a_card_that_states_its_header(name):
     model, card = PixelCNNpp.from_pretrained(name), pretrained.path(name).with_suffix(".md").read_text()
-    assert model.provenance["dataset"] == name
+    assert name.startswith(model.provenance["dataset"])
     assert f"{model.provenance['test_bits_per_dim']:.4f} bits/dim" in card
-    assert re.search(r"art-pixeldefend train|art_pixeldefend train", card)
+    assert re.search(r"art[-_]pixeldefend(\.density\.trainer import Settings,)? train", card)
 
 
 def test_digits_bits_per_dim_is_what_its_card_says(digits, digits_model):
@@ -23,9 +23,10 @@ def test_digits_bits_per_dim_is_what_its_card_says(digits, digits_model):
     )
 
 
-def test_fashion_mnist_bits_per_dim_is_near_what_its_card_says_on_some_test_images(fashion_mnist):
+@pytest.mark.parametrize("name", ["fashion-mnist", "fashion-mnist-40x5"])
+def test_fashion_mnist_bits_per_dim_is_near_what_its_card_says_on_some_test_images(fashion_mnist, name):
     """All 10,000 take minutes: ``art-pixeldefend score fashion-mnist --model fashion-mnist``."""
-    model = PixelCNNpp.from_pretrained("fashion-mnist")
+    model = PixelCNNpp.from_pretrained(name)
     bits = model.bits_per_dim(fashion_mnist.x_test[:200]).numpy()
     error = bits.std() / np.sqrt(len(bits))
     assert abs(bits.mean() - model.provenance["test_bits_per_dim"]) < 4 * error

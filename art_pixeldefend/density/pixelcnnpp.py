@@ -238,7 +238,7 @@ class PixelCNNpp(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str) -> PixelCNNpp:
-        """A bundled model: ``"digits"`` or ``"fashion-mnist"``. Its card lies beside it.
+        """A bundled model: ``"digits"``, ``"fashion-mnist"`` or ``"fashion-mnist-40x5"``. Its card lies beside it.
 
         Raises:
             ValueError: if no model of that name is bundled, naming those that are.
