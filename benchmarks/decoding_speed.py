@@ -12,6 +12,7 @@ rounds' ratios is what counts, so that another process on the machine slows both
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import statistics
@@ -52,6 +53,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bf16", action="store_true", help="decode in bfloat16, not exactly; the forward pass stays")
     parser.add_argument(
         "--scaling", action="store_true", help="decoding time against image size and batch, with a plot"
     )
@@ -147,13 +149,14 @@ def measure(options: argparse.Namespace, model: PixelCNNpp, batch: int) -> list[
     """One row for each method."""
     x = images(options, model, batch)
     plain, how = fastest_forward(model, x, options.device)
+    decoder_model = copy.deepcopy(model).bfloat16() if options.bf16 else model
     decoders = {
-        method: lambda method=method: greedy_decode(model, x, options.eps, method, batch_size=batch)
+        method: lambda method=method: greedy_decode(decoder_model, x, options.eps, method, batch_size=batch)
         for method in options.method
     }
     checks = {}
     for method, decoder in decoders.items():  # the first call compiles
-        with PassCounter(model) as passes:
+        with PassCounter(decoder_model) as passes:
             purified = decoder()
         certificate = certify(model, x, purified, options.eps)
         checks[method] = {
@@ -181,6 +184,7 @@ def row(model, options, count, method, how, forwards, decodes) -> dict[str, Any]
         "batch": count,
         "eps": options.eps,
         "method": method,
+        "decoded_in": "bfloat16" if options.bf16 else "float32",
         "engine": choose_engine(model, method),
         "fpe": round(statistics.median(ratios), 3),
         "fpe_lowest": round(min(ratios), 3),

@@ -1,0 +1,14 @@
+#!/bin/sh
+# The speed figures of an NVIDIA GPU, in some five minutes: benchmarks/gpu.sh FOLDER writes them there as JSON.
+set -eu
+out=${1:?"the folder for the figures"}
+cd "$(dirname "$0")/.."
+mkdir -p "$out"
+decode="python3 benchmarks/decoding_speed.py --device cuda --rounds 3"
+large="--image-shape 3 32 32 --filters 160 --resnets 5 --eps 16"
+$decode --filters 40 --resnets 5 --batch 1 256 2048 --output "$out/gpu-decoding-40x5.json"
+$decode $large --batch 1 1024 --output "$out/gpu-decoding-rgb-160x5.json"
+$decode $large --batch 1 1024 --bf16 --output "$out/gpu-decoding-rgb-160x5-bf16.json"
+python3 benchmarks/training_speed.py --filters 40 --resnets 5 --batch 128 --seconds 3 --losses 300 \
+    --out "$out/gpu-training-40x5.json"
+python3 benchmarks/scoring_speed.py --filters 40 --resnets 5 --out "$out/gpu-scoring-40x5.json"

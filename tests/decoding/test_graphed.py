@@ -1,0 +1,64 @@
+"""Without a GPU, the engine under Triton's interpreter, which works on a CPU; without Triton, nothing."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from art_pixeldefend.decoding import certify, choose_engine, decode, greedy_decode
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+INTERPRETED = """
+import torch
+from art_pixeldefend.decoding import graphed, greedy_decode
+from art_pixeldefend.decoding.graphed import recording
+from art_pixeldefend.density import PixelCNNpp
+for shape, count, eps in [((1, 9, 4), 2, 16), ((3, 3, 4), 3, 255)]:
+    torch.manual_seed(0)
+    model = PixelCNNpp(shape, 6, 1, 3).eval()
+    x = torch.randint(0, 256, (count, *shape), dtype=torch.uint8)
+    model.initialise(x)
+    expected = greedy_decode(model, x, eps, "reference")
+    for recording.ITERATED in (64, 0):  # rows again and again, pixel by pixel
+        with model.evaluating():
+            assert torch.equal(graphed.decode(model, x, eps), expected)
+"""
+
+
+@pytest.mark.skipif(not decode.has_triton(), reason="no Triton")
+def test_interpreted_kernels_give_the_image_of_the_reference():
+    subprocess.run([sys.executable, "-c", INTERPRETED], check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+
+
+def test_a_model_on_a_cpu_is_left_to_the_cached_engine(make_model):
+    assert choose_engine(make_model((1, 5, 5)), "graphed") == "cached"
+
+
+@gpu
+@pytest.mark.parametrize("count", [1, 7, 70, 300])
+@pytest.mark.parametrize("shape", [(1, 17, 9), (3, 9, 12)])
+def test_a_gpu_gives_the_images_of_a_cpu_call_after_call(make_model, make_levels, shape, count):
+    model = make_model(shape)
+    x = torch.from_numpy(make_levels(count, shape))
+    expected = greedy_decode(model, x, 40, "compiled")
+    model.cuda()
+    assert choose_engine(model, "auto") == "graphed"
+    for _ in range(2):
+        found = greedy_decode(model, x, 40, batch_size=count)
+        assert certify(model, x, found, 40).exact.all()
+        assert (found.cpu() != expected).flatten(1).any(dim=1).sum() <= count // 50
+
+
+@gpu
+def test_changed_weights_are_seen(make_model, make_levels):
+    model = make_model((1, 9, 9)).cuda()
+    x = torch.from_numpy(make_levels(5, model.image_shape))
+    before = greedy_decode(model, x, 40)
+    with torch.no_grad():
+        model.network.head.bias.add_(0.3)
+    after = greedy_decode(model, x, 40)
+    assert not torch.equal(before, after)
+    assert certify(model, x, after, 40).exact.all()
