@@ -170,10 +170,14 @@ def measure(options: argparse.Namespace, model: PixelCNNpp, batch: int) -> list[
         forwards.append(seconds(plain, options.device))
         for method, decoder in decoders.items():
             decodes[method].append(seconds(decoder, options.device))
-    return [row(model, options, len(x), method, how, forwards, decodes[method]) | checks[method] for method in decoders]
+    return [
+        row(model, options, len(x), method, choose_engine(decoder_model, method), how, forwards, decodes[method])
+        | checks[method]
+        for method in decoders
+    ]
 
 
-def row(model, options, count, method, how, forwards, decodes) -> dict[str, Any]:
+def row(model, options, count, method, engine, how, forwards, decodes) -> dict[str, Any]:
     """One method's figures as they go into the JSON."""
     ratios = [decode / forward for decode, forward in zip(decodes, forwards, strict=True)]
     return {
@@ -185,7 +189,7 @@ def row(model, options, count, method, how, forwards, decodes) -> dict[str, Any]
         "eps": options.eps,
         "method": method,
         "decoded_in": "bfloat16" if options.bf16 else "float32",
-        "engine": choose_engine(model, method),
+        "engine": engine,
         "fpe": round(statistics.median(ratios), 3),
         "fpe_lowest": round(min(ratios), 3),
         "fpe_highest": round(max(ratios), 3),

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The speed figures of an NVIDIA GPU, in some five minutes: benchmarks/gpu.sh FOLDER writes them there as JSON.
+# The speed figures of an NVIDIA GPU: benchmarks/gpu.sh FOLDER writes them there as JSON. Meant for less than ten minutes.
 set -eu
 out=${1:?"the folder for the figures"}
 cd "$(dirname "$0")/.."

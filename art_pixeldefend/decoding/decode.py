@@ -75,9 +75,9 @@ BATCH_SIZE = 128
 def choose_engine(pixel_cnn: PixelCNNpp, method: str) -> str:
     """The name of the engine behind a method: itself, or for ``"auto"`` the fastest that is there for this model.
 
-    The rule, from the measurements in ``benchmarks/README.md``: the compiled engine wherever it fits, which is on a
-    CPU, and the graphed one wherever that does, on a GPU, since they are the fastest at every batch size; the cached
-    one everywhere else.
+    The rule: the compiled engine wherever it fits, on a CPU, where it is the fastest at every batch size by the
+    measurements in ``benchmarks/README.md``; the graphed one wherever that fits, on a GPU: it is the cached one with
+    fewer launches; the cached one everywhere else.
 
     Raises:
         ValueError: if there is no method of that name.

@@ -42,6 +42,8 @@ def applies(*tensors: Tensor) -> bool:
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     dtype, device = tensors[0].dtype, tensors[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():  # where Triton would launch
+        return False
     known = dtype in DTYPES and all(x.device == device and x.stride(1) == 1 and x.dtype == dtype for x in tensors)
     return known and _passes(device.type) is not None
 

@@ -1,7 +1,7 @@
 """The loss of a batch and its gradients: the part of a training step that is the same for every batch.
 
-On a GPU it is thousands of small kernels. Launching them one by one took 20 times as long as they run, so they are
-captured once, as a CUDA graph, and launched at once from then on.
+On a GPU it is thousands of small kernels, captured once, as a CUDA graph, and launched at once from then on: launching
+them one by one took nine times as long (``benchmarks/README.md``).
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class Captured:
         """The loss."""
         if self._graph is None:
             state = torch.cuda.get_rng_state(batch.device)
-            self._graph = self._capture(batch)
+            with torch.cuda.device_of(batch):
+                self._graph = self._capture(batch)
             torch.cuda.set_rng_state(state, batch.device)
         self._batch.copy_(batch)
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):

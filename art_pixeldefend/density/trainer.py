@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -262,9 +262,10 @@ def train(
         device = torch.device(
             device or (f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
         )
-        return _Run(settings, images, held_out, Path(folder), start, rank, world, device, mixed_precision).go(
-            resume, verbose
-        )
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return _Run(settings, images, held_out, Path(folder), start, rank, world, device, mixed_precision).go(
+                resume, verbose
+            )
 
 
 @contextmanager

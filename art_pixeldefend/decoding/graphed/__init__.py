@@ -1,8 +1,8 @@
 """The cached engine's walk on an NVIDIA GPU, as CUDA graphs with kernels of our own between the matrix products.
 
-Launching a kernel takes several times as long as the work of most of them. A walk launches some hundred at every pixel,
-and the same ones again eight rows later: they are captured the first time. What was captured is kept for a model's last
-batch sizes, with its memory, for as long as the model lives and its weights stay as they are.
+A walk launches some hundred small kernels at every pixel, and the same ones again eight rows later: they are captured
+the first time. What was captured is kept for a model's last batch sizes, with its memory, for as long as the model
+lives and its weights stay as they are.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ _recordings: WeakKeyDictionary[PixelCNNpp, list[Recording]] = WeakKeyDictionary(
 @torch.inference_mode()
 def decode(pixel_cnn: PixelCNNpp, x: Tensor, eps: int) -> Tensor:
     """Purified levels (N, C, H, W) of levels ``x``."""
-    return _decode(pixel_cnn, x, eps) if len(x) else x
+    if not len(x):
+        return x
+    with torch.cuda.device_of(x):  # where Triton launches
+        return _recording(pixel_cnn, len(x), eps).decode(x)
 
 
-def _decode(pixel_cnn: PixelCNNpp, x: Tensor, eps: int) -> Tensor:
+def _recording(pixel_cnn: PixelCNNpp, count: int, eps: int) -> Recording:
     kept = _recordings.setdefault(pixel_cnn, [])
-    recording = next((r for r in kept if r.fits(pixel_cnn, len(x), eps)), None)
-    if recording is None:
-        while len(kept) >= KEPT:
-            kept.pop()
-        recording = Recording(pixel_cnn, len(x), eps)
-    elif recording in kept:
+    recording = next((r for r in kept if r.fits(pixel_cnn, count, eps)), None)
+    if recording is not None:
         kept.remove(recording)
+    else:
+        del kept[KEPT - 1 :]  # before its memory is asked for
+        recording = Recording(pixel_cnn, count, eps)
     kept.insert(0, recording)
-    return recording.decode(x)
+    return recording
