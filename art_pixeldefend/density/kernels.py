@@ -41,6 +41,19 @@ def _hash(number, seeds):
 
 
 @triton.jit
+def elus(v):
+    """elu(v) and elu(-v)."""
+    small = tl.exp(-tl.abs(v)) - 1
+    return tl.where(v > 0, v, small), tl.where(v > 0, small, -v)
+
+
+@triton.jit
+def sigmoid(v):
+    """1 / (1 + exp(-v))."""
+    return 1 / (1 + tl.exp(-v))
+
+
+@triton.jit
 def _concat_elu(
     x, y, seeds, count, drop, scale,
     F: tl.constexpr, H: tl.constexpr, W: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
@@ -51,9 +64,7 @@ def _concat_elu(
     column, row, n = place % WIDE - LEFT, place // WIDE % TALL - TOP, place // (WIDE * TALL)
     inside = (i < count) & (row >= 0) & (row < H) & (column >= 0) & (column < W)
     source = ((n * H + row) * W + column) * F + c
-    v = tl.load(x + source, mask=inside, other=0).to(tl.float32)
-    small = tl.exp(-tl.abs(v)) - 1
-    up, down = tl.where(v > 0, v, small), tl.where(v > 0, small, -v)
+    up, down = elus(tl.load(x + source, mask=inside, other=0).to(tl.float32))
     if DROPPED:
         h = _hash(source, seeds)
         up = tl.where((h & 0xFFFF) >= drop, up * scale, 0.0)
@@ -92,7 +103,7 @@ def _gate(x, ab, y, count, F: tl.constexpr, BLOCK: tl.constexpr):
     there = i < count
     at = ab + i // F * (2 * F) + i % F
     a, b = tl.load(at, mask=there, other=0).to(tl.float32), tl.load(at + F, mask=there, other=0).to(tl.float32)
-    value = tl.load(x + i, mask=there, other=0).to(tl.float32) + a / (1 + tl.exp(-b))
+    value = tl.load(x + i, mask=there, other=0).to(tl.float32) + a * sigmoid(b)
     tl.store(y + i, value.to(y.dtype.element_ty), mask=there)
 
 
@@ -103,7 +114,7 @@ def _gate_backward(ab, gradient, result, count, F: tl.constexpr, BLOCK: tl.const
     at = i // F * (2 * F) + i % F
     g = tl.load(gradient + i, mask=there, other=0).to(tl.float32)
     a = tl.load(ab + at, mask=there, other=0).to(tl.float32)
-    s = 1 / (1 + tl.exp(-tl.load(ab + at + F, mask=there, other=0).to(tl.float32)))
+    s = sigmoid(tl.load(ab + at + F, mask=there, other=0).to(tl.float32))
     tl.store(result + at, (g * s).to(result.dtype.element_ty), mask=there)
     tl.store(result + at + F, (g * a * s * (1 - s)).to(result.dtype.element_ty), mask=there)
 

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from art_pixeldefend.density import mixture
+from art_pixeldefend.density.kernels import elus, sigmoid
 
 BLOCK = 512  # numbers a program
 CHUNK = 16  # levels at a time
@@ -21,10 +22,10 @@ MEAN_LIMIT = tl.constexpr(mixture.MEAN_LIMIT)
 @triton.jit
 def _store_concat_elu(value, active, where, lower, there):
     """elu of a value and, ``lower`` numbers further, of its negative."""
-    small = tl.exp(-tl.abs(value)) - 1
+    up, down = elus(value)
     kind = active.dtype.element_ty
-    tl.store(active + where, tl.where(value > 0, value, small).to(kind), mask=there)
-    tl.store(active + where + lower, tl.where(value > 0, small, -value).to(kind), mask=there)
+    tl.store(active + where, up.to(kind), mask=there)
+    tl.store(active + where + lower, down.to(kind), mask=there)
 
 
 @triton.jit
@@ -49,7 +50,7 @@ def _gate(
     a = ab + i0 * ab0 + i1 * ab1 + i2 * ab2
     b = tl.load(a + ab_lower, mask=there).to(tl.float32)
     value = tl.load(x + i0 * x0 + i1 * x1 + i2 * x2, mask=there).to(tl.float32)
-    value += tl.load(a, mask=there).to(tl.float32) / (1 + tl.exp(-b))
+    value += tl.load(a, mask=there).to(tl.float32) * sigmoid(b)
     kind = out.dtype.element_ty
     value = value.to(kind)
     tl.store(out + i0 * out0 + i1 * out1 + i2 * out2, value, mask=there)
