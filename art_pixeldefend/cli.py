@@ -31,7 +31,8 @@ def _several_commands() -> None:
 
 Images = Annotated[Path, typer.Argument(help="a folder of images, a .npy or an .npz (uint8)")]
 ImagesOrData = Annotated[str, typer.Argument(help="a folder, .npy or .npz of images, or a data set's name")]
-Model = Annotated[str, typer.Option(help="digits, fashion-mnist, or a .safetensors file")]
+BUNDLED = "digits, fashion-mnist, fashion-mnist-40x5"
+Model = Annotated[str, typer.Option(help=f"{BUNDLED}, or a .safetensors file")]
 BatchSize = Annotated[int, typer.Option(help="most images in memory at a time")]
 Data = Annotated[str, typer.Argument(help="digits, fashion-mnist, cifar-10, a folder of images, or an .npz")]
 DataDir = Annotated[Path | None, typer.Option(help="where the official data files are", envvar="ART_PIXELDEFEND_DATA")]
@@ -53,7 +54,7 @@ def train(
     seed: Annotated[int, typer.Option(help="of weights, order and dropout")] = 0,
     every: Annotated[int, typer.Option(help="steps between evaluations, each with a checkpoint")] = 1_000,
     start_from: Annotated[
-        str | None, typer.Option(help="begin with the weights of: digits, fashion-mnist, or a .safetensors file")
+        str | None, typer.Option(help=f"begin with the weights of: {BUNDLED}, or a .safetensors file")
     ] = None,
     resume: Annotated[bool, typer.Option(help="go on from the folder's checkpoint, if it has one")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; the GPU where there is one")] = None,
@@ -63,6 +64,8 @@ def train(
     verbose: Verbose = True,
 ) -> None:
     """Train a density model. Several processes: torchrun --nproc-per-node 2 -m art_pixeldefend train ..."""
+    import torch
+
     from art_pixeldefend import datasets
     from art_pixeldefend.defences.purifier import as_pixel_cnn
     from art_pixeldefend.density.trainer import Settings
@@ -73,8 +76,10 @@ def train(
         learning_rate=learning_rate, seed=seed, every=every, dataset=data,
     )  # fmt: skip
     images = datasets.load(data, data_dir)
+    cpu = torch.device("cpu")
+    start = as_pixel_cnn(start_from, cpu, name="--start-from") if start_from else None
     model = run(
-        settings, images.x_train, images.x_test, out, start=as_pixel_cnn(start_from) if start_from else None,
+        settings, images.x_train, images.x_test, out, start=start,
         resume=resume, device=device, mixed_precision=mixed_precision, verbose=verbose,
     )  # fmt: skip
     if "test_bits_per_dim" in model.provenance:
@@ -119,7 +124,7 @@ def purify(
 def score(
     images: ImagesOrData,
     model: Model,
-    out: Annotated[Path | None, typer.Option(help="write each image's figure to this CSV file")] = None,
+    out: Annotated[Path | None, typer.Option(help="write each image's figure to this CSV file", dir_okay=False)] = None,
     data_dir: DataDir = None,
     batch_size: BatchSize = 128,
     verbose: Verbose = True,
@@ -147,12 +152,15 @@ def score(
 def detect(
     images: ImagesOrData,
     model: Model,
-    out: Annotated[Path, typer.Option(help="the CSV file: image, p_value, bits_per_dim, adversarial")],
+    out: Annotated[Path, typer.Option(help="the CSV file: image, p_value, bits_per_dim, adversarial", dir_okay=False)],
     training: Annotated[
         str | None, typer.Option(help="the model's training images: a data set, a folder or an .npz, as for train")
     ] = None,
     likelihoods: Annotated[
-        Path | None, typer.Option(help="keep the training images' likelihoods in this file, and use it if it is there")
+        Path | None,
+        typer.Option(
+            help="keep the training images' likelihoods in this file, and use it if it is there", dir_okay=False
+        ),
     ] = None,
     alpha: Annotated[float, typer.Option(help="call an image adversarial up to this p-value")] = 0.05,
     data_dir: DataDir = None,
@@ -161,9 +169,10 @@ def detect(
 ) -> None:
     """Test whether images are adversarial: permutation p-values and bits per dimension, as CSV."""
     from art_pixeldefend import PixelDefendDetector, datasets
+    from art_pixeldefend.defences.purifier import as_pixel_cnn
 
-    found = _images_or_test_images(images, data_dir)
-    detector = PixelDefendDetector(model, (0, 255), alpha=alpha, batch_size=batch_size, verbose=verbose)
+    found, pixel_cnn = _images_or_test_images(images, data_dir), as_pixel_cnn(model, name="--model")
+    detector = PixelDefendDetector(pixel_cnn, (0, 255), alpha=alpha, batch_size=batch_size, verbose=verbose)
     if likelihoods and likelihoods.exists():
         detector.load(likelihoods)
     elif training:
@@ -181,7 +190,7 @@ def detect(
 @app.command()
 def sample(
     model: Model,
-    out: Annotated[Path, typer.Option(help="a PNG sheet, or an array (.npy, .npz)")],
+    out: Annotated[Path, typer.Option(help="a PNG sheet, or an array (.npy, .npz)", dir_okay=False)],
     count: Annotated[int, typer.Option(help="how many images", min=1)] = 16,
     seed: Annotated[int, typer.Option(help="of the noise")] = 0,
 ) -> None:
@@ -192,7 +201,7 @@ def sample(
 
     if out.suffix not in (".png", ".npy", ".npz"):
         raise ValueError(f"--out must end in .png, .npy or .npz, got {str(out)!r}")
-    levels = as_pixel_cnn(model).sample(count, seed=seed).cpu().numpy()
+    levels = as_pixel_cnn(model, name="--model").sample(count, seed=seed).cpu().numpy()
     if out.suffix == ".png":
         write_sheet(out, levels)
     else:
@@ -234,8 +243,11 @@ def grid(
     """Regenerate the paper's table of a data set: attacks, defences, classifiers. Stopped, it goes on where it was."""
     import torch
 
+    from art_pixeldefend.defences.purifier import as_pixel_cnn
     from art_pixeldefend.evaluation.runner import run
 
+    if model:
+        as_pixel_cnn(model, name="--model")  # now, and not in the cells after hours of training
     if name == "digits":
         torch.set_num_threads(1)  # as in the demo
     typer.echo(
@@ -253,7 +265,8 @@ def _model_of(processes: Team, model: str) -> PixelCNNpp:
     from art_pixeldefend.defences.purifier import as_pixel_cnn
 
     gpus = torch.cuda.device_count()
-    return as_pixel_cnn(model, torch.device(f"cuda:{processes.rank % gpus}" if gpus else "cpu"))
+    device = torch.device(f"cuda:{processes.rank % gpus}" if gpus else "cpu")
+    return as_pixel_cnn(model, device, name="--model")
 
 
 def _shared(processes: Team, x: np.ndarray, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:

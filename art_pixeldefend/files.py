@@ -11,14 +11,19 @@ from pathlib import Path
 def write_atomically(path: str | PathLike[str], content: bytes | str) -> None:
     """Write beside ``path``, flush to the disk, then rename: a reader finds the old file or the new one.
 
-    Folders on the way are made.
+    Folders on the way are made. A link stays one: what it points to is replaced. What is no file (``/dev/stdout``, a
+    pipe) is written to as it is.
 
     Raises:
         OSError: if the file cannot be written; nothing partial is left.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:

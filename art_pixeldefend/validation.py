@@ -59,6 +59,23 @@ def check_image_shape(value: Any) -> tuple[int, int, int]:
     return shape
 
 
+def check_device(name: str, value: Any) -> torch.device:
+    """A device that this machine has.
+
+    Raises:
+        ValueError: naming the argument ``name``.
+    """
+    try:
+        device = torch.device(value)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:  # each backend has its own
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{name} must be a device that is there, as cpu, cuda or cuda:1, got {value!r}: {reason}"
+        ) from None
+    return device
+
+
 def check_levels(name: str, x: Any, image_shape: tuple[int, int, int]) -> Tensor:
     """A batch of 8-bit levels as a uint8 tensor (N, C, H, W) of the given image shape, on the device it came on.
 
@@ -66,7 +83,7 @@ def check_levels(name: str, x: Any, image_shape: tuple[int, int, int]) -> Tensor
         ValueError: naming the argument ``name``, for a wrong shape, or values that are not integers in 0..255.
     """
     try:
-        x = x if isinstance(x, Tensor) else torch.from_numpy(np.require(x, requirements="W"))
+        x = x if isinstance(x, Tensor) else _as_tensor(x)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{name} must be an array or tensor of levels, got {type(x).__name__}") from None
     if x.ndim != 4 or tuple(x.shape[1:]) != tuple(image_shape):
@@ -76,8 +93,16 @@ def check_levels(name: str, x: Any, image_shape: tuple[int, int, int]) -> Tensor
         return x
     if x.dtype == torch.bool or x.is_complex():
         raise ValueError(f"{name} must hold integer levels in 0..255, got dtype {x.dtype}")
+    if x.dtype in (torch.uint16, torch.uint32, torch.uint64):  # torch cannot compare these
+        x = x.to(torch.int64)
     if x.is_floating_point() and not bool((x == x.round()).all()):  # also false for NaN
         raise ValueError(f"{name} must hold integer levels in 0..255, got fractions or NaN")
     if x.numel() and not (x.min() >= 0 and x.max() < LEVELS):
         raise ValueError(f"{name} must hold integer levels in 0..255, got {x.min().item()} to {x.max().item()}")
     return x.to(torch.uint8)
+
+
+def _as_tensor(x: Any) -> Tensor:
+    """An array of any byte order; one that may not be written to is copied, or torch warns."""
+    x = np.asarray(x)
+    return torch.from_numpy(np.require(x, x.dtype.newbyteorder("="), requirements="W"))

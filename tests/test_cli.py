@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from art_pixeldefend import cli, datasets
+from art_pixeldefend.density.pretrained import names
 
 
 def run(*arguments):
@@ -37,10 +38,21 @@ def test_purify_writes_the_purified_array_in_the_form_of_the_input(images, tmp_p
 
 
 def test_purify_refuses_an_output_before_the_work_is_done(images, tmp_path, monkeypatch):
-    monkeypatch.setattr("art_pixeldefend.defences.purifier.as_pixel_cnn", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("art_pixeldefend.defences.purifier.as_pixel_cnn", lambda *_, **__: pytest.fail("too late"))
     result = run("purify", images, tmp_path / "out.txt", "--model", "digits", "--quiet")
     assert isinstance(result.exception, ValueError) and "out.txt" in str(result.exception)
     assert not (tmp_path / "out.txt").exists()
+
+
+def test_help_names_every_bundled_model():
+    assert ", ".join(names()) == cli.BUNDLED
+
+
+@pytest.mark.parametrize("command", ["score", "detect"])
+def test_a_folder_is_refused_as_a_table_before_the_work_is_done(command, images, tmp_path, monkeypatch):
+    monkeypatch.setattr("art_pixeldefend.defences.purifier.as_pixel_cnn", lambda *_, **__: pytest.fail("too late"))
+    result = run(command, images, "--model", "digits", "--out", tmp_path, "--quiet")
+    assert result.exit_code == 2 and "--out" in result.output
 
 
 def test_score_prints_the_mean_and_writes_each_image(images, tmp_path, digits_model):
@@ -107,10 +119,14 @@ def test_sample_writes_a_sheet_or_an_array(name, tmp_path):
     [
         (["purify", "nowhere", "out", "--model", "digits"], "nowhere"),
         (["score", "nowhere.npy", "--model", "digits"], "nowhere.npy"),
-        (["score", "digits", "--model", "imagenet"], "imagenet"),
+        (["score", "digits", "--model", "imagenet"], "--model must be"),
+        (["sample", "--model", "nowhere.safetensors", "--out", "x.png"], "--model must be"),
+        (["train", "digits", "--out", "run", "--start-from", "imagenet"], "--start-from must be"),
+        (["train", "digits", "--out", "run", "--device", "nonsense"], "device must be"),
         (["sample", "--model", "digits", "--out", "x.gif"], "--out"),
         (["detect", "digits", "--model", "digits", "--out", "x.csv"], "--training"),
         (["grid", "imagenet", "--out", "table"], "digits"),
+        (["grid", "digits", "--out", "table", "--model", "imagenet"], "--model must be"),
         (["train", "fashion-mnist", "--out", "run", "--data-dir", "nowhere", "--steps", "0"], "steps"),
     ],
 )

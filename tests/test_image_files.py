@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -88,6 +90,19 @@ def test_an_atomic_write_replaces_whole_files_or_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         write_atomically(path, "newest")
     assert path.read_text() == "new" and [file.name for file in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_an_atomic_write_keeps_links_and_what_is_no_file(tmp_path):
+    real, link, pipe = tmp_path / "real", tmp_path / "link", tmp_path / "pipe"
+    real.write_text("old")
+    link.symlink_to(real)
+    write_atomically(link, "new")
+    assert link.is_symlink() and real.read_text() == "new"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_atomically(pipe, "through")
+    assert os.read(reader, 100) == b"through" and pipe.is_fifo()
+    os.close(reader)
 
 
 def test_files_that_differ_by_their_suffix_only_are_refused(tmp_path):

@@ -105,16 +105,13 @@ def train(
         The model, in evaluation mode.
 
     Raises:
-        ValueError: for an unknown recipe or technique, or images that are not levels.
+        ValueError: for an unknown recipe or technique, or images or labels that are not as described.
         FloatingPointError: if training diverged.
     """
     recipe = _recipe(recipe)
     if technique not in TECHNIQUES:
         raise ValueError(f"technique must be one of {', '.join(TECHNIQUES)}, got {technique!r}")
-    if x.dtype != np.uint8 or x.ndim != 4 or len(x) != len(y):
-        raise ValueError(f"x must be levels (N, C, H, W), uint8, one for each y, got {x.dtype} of shape {x.shape}")
-    classes = model.configuration["classes"]
-    labels = np.eye(classes, dtype=np.float32)[y]
+    labels = _one_hot(x, y, model)
     if technique == "label-smoothing":
         labels = LabelSmoothing(max_value=1 - smoothing)(x, labels)[1]
     with _seeded(seed):
@@ -130,6 +127,17 @@ def train(
     if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
         raise FloatingPointError("training diverged; lower the recipe's learning_rate")
     return model.eval()
+
+
+def _one_hot(x: np.ndarray, y: np.ndarray, model: Network) -> np.ndarray:
+    """The labels (N, classes) of images, both checked."""
+    shape, classes = tuple(model.configuration["image_shape"]), model.configuration["classes"]
+    if x.dtype != np.uint8 or x.shape[1:] != shape or not len(x):
+        expected = ", ".join(map(str, shape))
+        raise ValueError(f"x must be levels (N, {expected}), uint8, N > 0, got {x.dtype} of shape {x.shape}")
+    if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.max() >= classes:
+        raise ValueError(f"y must be class numbers below {classes}, one for each image, got {y!r}")
+    return np.eye(classes, dtype=np.float32)[y]
 
 
 def _recipe(recipe: Recipe | str) -> Recipe:

@@ -113,6 +113,8 @@ def greedy_decode(pixel_cnn, x, eps, method="auto", *, batch_size=BATCH_SIZE, ve
     Raises:
         ValueError: naming the argument that is not as described.
     """
+    if not isinstance(pixel_cnn, PixelCNNpp):
+        raise ValueError(f"pixel_cnn must be a PixelCNNpp (from_pretrained and load make one), got {pixel_cnn!r}")
     decode = ENGINES[choose_engine(pixel_cnn, method)]
     eps, batch_size = check_eps("eps", eps), check_count("batch_size", batch_size)
     levels = pixel_cnn.as_levels(x)

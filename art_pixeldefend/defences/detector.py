@@ -30,7 +30,8 @@ class PixelDefendDetector(EvasionDetector):
     | Paper link: https://arxiv.org/abs/1710.10766
 
     Args:
-        pixel_cnn: the density model; a :class:`PixelCNNpp`, a path, or the name of a bundled one.
+        pixel_cnn: the density model; a :class:`PixelCNNpp`, or, to be loaded onto the GPU where there is one, a path
+            or the name of a bundled one.
         clip_values: (minimum, maximum) of the images: levels 0 and 255.
         alpha: images with p-values up to this are called adversarial; of clean ones that many are, falsely.
         batch_size: images scored at a time.

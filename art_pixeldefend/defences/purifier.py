@@ -37,18 +37,24 @@ class StraightThrough(torch.autograd.Function):
         return gradient, None
 
 
-def as_pixel_cnn(pixel_cnn: Any, device: torch.device | None = None) -> PixelCNNpp:
-    """A model as it is; else, on ``device``, the bundled model of that name, or the model in the file at that path.
+def as_pixel_cnn(pixel_cnn: Any, device: torch.device | None = None, *, name: str = "pixel_cnn") -> PixelCNNpp:
+    """A model as it is; else the bundled model of that name, or the model in the file at that path.
+
+    Args:
+        pixel_cnn: the model, a name, or a path.
+        device: where a model that is loaded goes; the current GPU where there is one.
+        name: of the argument, for errors.
 
     Raises:
-        ValueError: naming ``pixel_cnn``.
+        ValueError: naming the argument ``name``.
         FileNotFoundError: if it is a path without a file.
     """
     if isinstance(pixel_cnn, PixelCNNpp):
         return pixel_cnn
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(pixel_cnn, str) and pixel_cnn in names():
         return PixelCNNpp.from_pretrained(pixel_cnn).to(device)
-    expected = f"pixel_cnn must be a PixelCNNpp, the path of one, or one of {', '.join(names())}"
+    expected = f"{name} must be a PixelCNNpp, the path of one, or one of {', '.join(names())}"
     if not isinstance(pixel_cnn, (str, PathLike)):
         raise ValueError(f"{expected}, got {type(pixel_cnn).__name__}")
     if not Path(pixel_cnn).is_file():

@@ -29,7 +29,7 @@ from art_pixeldefend.density.gradients import gradients_of
 from art_pixeldefend.density.pixelcnnpp import PixelCNNpp
 from art_pixeldefend.files import write_atomically
 from art_pixeldefend.pictures import write_sheet
-from art_pixeldefend.validation import check_count
+from art_pixeldefend.validation import check_count, check_device
 
 CHECKPOINT, METRICS, MODEL, SAMPLES = "checkpoint.safetensors", "metrics.jsonl", "model.safetensors", "samples.png"
 LOG_EVERY = 50  # steps a line of metrics
@@ -254,14 +254,13 @@ def train(
         The model with averaged weights, in evaluation mode, its ``provenance`` filled in.
 
     Raises:
-        ValueError: for images that are not levels, or too few; for a ``start`` of another size; or, resuming, a
-            checkpoint of another run.
+        ValueError: for images that are not levels, or too few; for a ``start`` of another size; for a device that is
+            not there; or, resuming, a checkpoint of another run.
         FloatingPointError: if the loss stops being finite. The last checkpoint stays.
     """
     with _processes() as (rank, world):
-        device = torch.device(
-            device or (f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
-        )
+        own = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+        device = check_device("device", own if device is None else device)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             return _Run(settings, images, held_out, Path(folder), start, rank, world, device, mixed_precision).go(
                 resume, verbose

@@ -9,7 +9,6 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 from art.defences.preprocessor import Preprocessor
 from art.estimators.classification import PyTorchClassifier
 
@@ -60,7 +59,7 @@ class Stages:
     @cached_property
     def pixel_cnn(self) -> PixelCNNpp:
         """The density model, loaded when first needed, where ART puts classifiers."""
-        return as_pixel_cnn(self.grid.pixel_cnn, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        return as_pixel_cnn(self.grid.pixel_cnn)
 
     # Classifiers
 

@@ -180,9 +180,19 @@ def test_a_foreign_checkpoint_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"recipe": "none"}, "recipe"), ({"technique": "none"}, "technique"), ({"x": np.zeros((4, 1, 8, 8))}, "x must")],
+    [
+        ({"recipe": "none"}, "recipe"),
+        ({"technique": "none"}, "technique"),
+        ({"x": np.zeros((4, 1, 8, 8))}, "x must"),
+        ({"x": np.zeros((4, 3, 8, 8), np.uint8)}, "x must"),
+        ({"x": np.zeros((0, 1, 8, 8), np.uint8), "y": np.zeros(0, int)}, "x must"),
+        ({"y": np.zeros(3, int)}, "y must"),
+        ({"y": np.zeros(4)}, "y must"),
+        ({"y": np.full(4, -1)}, "y must"),
+        ({"y": np.full(4, 10)}, "y must"),
+    ],
 )
-def test_unknown_names_and_wrong_images_are_refused(arguments, message):
+def test_unknown_names_and_wrong_images_and_labels_are_refused(arguments, message):
     arguments = {"x": np.zeros((4, 1, 8, 8), np.uint8), "y": np.zeros(4, int)} | arguments
     with pytest.raises(ValueError, match=message):
         train(small("vgg"), **arguments)

@@ -182,6 +182,11 @@ def test_trained_models_agree_on_digits(digits_model, digits, method):
     agree(digits_model, x, 32, method, greedy_decode(digits_model, x, 32, "reference"))
 
 
+def test_what_is_no_model_is_refused_by_name(make_levels):
+    with pytest.raises(ValueError, match="pixel_cnn must"):
+        greedy_decode("digits", make_levels(1, (1, 8, 8)), 16)
+
+
 def test_without_numba_the_torch_engine_takes_over(make_model, make_levels, monkeypatch):
     model = make_model((1, 5, 5))
     x = make_levels(3, model.image_shape)

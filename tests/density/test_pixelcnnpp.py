@@ -172,6 +172,7 @@ def test_impossible_sizes_are_refused_by_name(name, arguments):
         np.full((1, 1, 8, 8), np.inf),
         np.full((1, 1, 8, 8), 256),
         np.full((1, 1, 8, 8), -1),
+        np.full((1, 1, 8, 8), 256, np.uint16),
         np.zeros((1, 1, 8, 8), bool),
         np.zeros((1, 1, 8, 8), complex),
         np.array([["a"]]),
@@ -182,6 +183,12 @@ def test_what_is_no_batch_of_levels_is_refused_by_name(make_model, x):
     for method in (model.log_prob, model.bits_per_dim, model.conditional_log_probs, model.initialise):
         with pytest.raises(ValueError, match=r"^x must"):
             method(x)
+
+
+@pytest.mark.parametrize("kind", [">u1", "<u2", ">u2", "<u4", ">i4", "<u8", ">u8", "<f2", ">f8"])
+def test_levels_of_any_type_and_byte_order_are_the_same_levels(make_model, make_levels, kind):
+    model, x = make_model((1, 8, 8)), make_levels(2, (1, 8, 8))
+    assert torch.equal(model.as_levels(x.astype(kind)), torch.from_numpy(x))
 
 
 @pytest.mark.parametrize("size", [1, 7, 16, 40])
