@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -10,35 +14,35 @@ from typing import Any
 import numpy as np
 
 from art_pixeldefend.attacks.budget import to_levels
-from art_pixeldefend.defences import PixelDefendDetector
+from art_pixeldefend.defences.detector import permutation_p_values
 from art_pixeldefend.evaluation import figures
 from art_pixeldefend.evaluation.grid import CLEAN, Cell, Grid, Row
 from art_pixeldefend.evaluation.stages import Stages
 from art_pixeldefend.evaluation.store import UNIT
 from art_pixeldefend.evaluation.table import TITLES
+from art_pixeldefend.evaluation.team import Team
 from art_pixeldefend.files import write_atomically
 
 DEFENCE = "pixeldefend"
 NOISE = TITLES["rand"]
 PAPER_THRESHOLDS = {"cifar-10": 4.5}  # bits per dimension, Appendix A
 PAPER_SHARE = 175 / 10_000
+REFERENCE = 1000  # the first so many training images are what p-values compare with
 
 
-def draw(
-    stages: Stages, folder: str | PathLike[str], *, shown: int = 10, reference: int = 1000, samples: int = 50
-) -> list[Path]:
+def draw(stages: Stages, folder: str | PathLike[str], *, shown: int = 10, samples: int = 50) -> list[Path]:
     """Figures of the grid's first bare PixelDefend row, one of each kind for each radius.
 
     ``strips-EPS`` (the paper's Figures 4, 10 and 11), ``likelihoods-EPS`` (2), ``p-values-EPS`` (3 and 7) and
     ``roc-EPS`` (6), and once ``samples`` (8 and 9), each as PNG and PDF; and ``detection.json`` with areas under the
     curve, mean bits per dimension and the counts of Appendix A. Attacked and purified images that the grid has not
-    computed yet are computed. Figure 5 takes long and is drawn by :func:`ascent.figure_5`.
+    computed yet are computed, and likelihoods that :func:`score` has not. Figure 5 takes long and is drawn by
+    :func:`ascent.figure_5`.
 
     Args:
         stages: of the grid.
         folder: for the figures.
         shown: images in a strip.
-        reference: the first so many training images are what p-values compare with.
         samples: images drawn from the density model.
 
     Returns:
@@ -48,16 +52,30 @@ def draw(
     if row is None:
         return []
     folder = Path(folder)
-    detector = PixelDefendDetector(stages.pixel_cnn, clip_values=UNIT)
-    detector.fit(stages.clean(0, reference, "train"))
-    numbers = {str(eps): _of_radius(stages, row, eps, detector, folder, shown) for eps in stages.grid.eps_of(row)}
+    numbers = {str(eps): _of_radius(stages, row, eps, folder, shown) for eps in stages.grid.eps_of(row)}
     drawn = {
         "test images": stages.splits["test"][0][:samples],
         "drawn from the density model": stages.pixel_cnn.sample(samples, seed=stages.grid.seed).cpu().numpy(),
     }
     figures.sample_sheets(folder / "samples", drawn)
-    write_atomically(folder / "detection.json", json.dumps({"reference": reference, "eps": numbers}, indent=1) + "\n")
+    write_atomically(folder / "detection.json", json.dumps({"reference": REFERENCE, "eps": numbers}, indent=1) + "\n")
     return sorted(folder.iterdir())
+
+
+def score(stages: Stages, processes: Team) -> None:
+    """The likelihoods that :func:`draw` needs, each by one process: they take longer than all else in it."""
+    row = drawn_row(stages.grid)
+    if row is None:
+        return
+    work: list[Callable[[], np.ndarray]] = [partial(stages.training_scores, REFERENCE)]
+    for eps in stages.grid.eps_of(row):
+        for cells in _cells(stages, row, eps).values():
+            work += [
+                partial(stages.scores, cell, start, size) for cell in cells for start, size in _chunks(stages, row)
+            ]
+    for compute in processes.share(work):
+        compute()
+    processes.gather(None)
 
 
 def drawn_row(grid: Grid) -> Row | None:
@@ -65,29 +83,24 @@ def drawn_row(grid: Grid) -> Row | None:
     return next((row for row in grid.rows if row.defence == DEFENCE and row.threat == "bare"), None)
 
 
-def _of_radius(
-    stages: Stages, row: Row, eps: int, detector: PixelDefendDetector, folder: Path, shown: int
-) -> dict[str, Any]:
+def _of_radius(stages: Stages, row: Row, eps: int, folder: Path, shown: int) -> dict[str, Any]:
     """The figures of one radius, and their numbers."""
-    cells = {CLEAN: Cell(row, CLEAN, 0)}
-    cells |= {TITLES[name]: Cell(row, name, eps) for name in stages.grid.attacks_of(row)}
-    before = {name: _images(stages, cell, defended=False) for name, cell in cells.items()}
-    after = {name: _images(stages, cell, defended=True) for name, cell in cells.items()}
-    reports = {name: (detector.detect(before[name])[0], detector.detect(after[name])[0]) for name in cells}
-    p_values, p_purified = ({name: r[i]["p_values"] for name, r in reports.items()} for i in (0, 1))
-    bits = {name: (r[0]["bits_per_dim"], r[1]["bits_per_dim"]) for name, r in reports.items()}
+    cells, reference = _cells(stages, row, eps), np.sort(stages.training_scores(REFERENCE))
+    before, after = ({n: _of_chunks(stages.defended, stages, pair[i]) for n, pair in cells.items()} for i in (0, 1))
+    scores = [{n: _of_chunks(stages.scores, stages, pair[i]) for n, pair in cells.items()} for i in (0, 1)]
+    p_values, p_purified = ({n: permutation_p_values(s, reference) for n, s in some.items()} for some in scores)
+    nats = -math.log(2) * math.prod(stages.data.image_shape)  # of a bit per dimension
+    bits = {name: [scores[i][name] / nats for i in (0, 1)] for name in cells}
     _strips(stages, row, before, after, folder / f"strips-{eps}", shown)
     y = stages.data.y_test[: len(before[CLEAN])]
     predict = stages.classifier(row, False).predict
     errors = {name: float((predict(x).argmax(axis=1) != y).mean()) for name, x in before.items()}
     figures.likelihood_densities(folder / f"likelihoods-{eps}", {name: b[0] for name, b in bits.items()}, errors)
     figures.p_value_histograms(folder / f"p-values-{eps}", p_values, p_purified, bins=25)
-    scores, purified = ({n: r[i]["log_likelihoods"] for n, r in reports.items() if n != CLEAN} for i in (0, 1))
-    assert detector.log_likelihoods is not None  # it has been fitted
-    areas = figures.roc_curves(folder / f"roc-{eps}", detector.log_likelihoods, scores, purified)
+    attacked, purified = ({n: s for n, s in some.items() if n != CLEAN} for some in scores)
     return {
-        "auroc": areas,
-        "auroc_purified": {n: figures.auroc(detector.log_likelihoods, s) for n, s in purified.items()},
+        "auroc": figures.roc_curves(folder / f"roc-{eps}", reference, attacked, purified),
+        "auroc_purified": {n: figures.auroc(reference, s) for n, s in purified.items()},
         "bits_per_dim": {name: [float(b.mean()) for b in pair] for name, pair in bits.items()},
     } | (
         {"appendix_a": appendix_a(stages.grid.dataset, bits[CLEAN][0], bits[NOISE][0], errors[CLEAN], errors[NOISE])}
@@ -132,11 +145,21 @@ def appendix_a(
     }
 
 
-def _images(stages: Stages, cell: Cell, *, defended: bool) -> np.ndarray:
-    """A cell's images, as the runner had them: chunk by chunk, from the store."""
-    count, chunk = stages.count(cell.row), stages.grid.chunk
-    of = stages.defended if defended else stages.attacked
-    return np.concatenate([of(cell, start, min(chunk, count - start)) for start in range(0, count, chunk)])
+def _cells(stages: Stages, row: Row, eps: int) -> dict[str, tuple[Cell, Cell]]:
+    """The row's cells of a radius by their columns' titles, each without the defence and with it."""
+    names = {CLEAN: (CLEAN, 0)} | {TITLES[name]: (name, eps) for name in stages.grid.attacks_of(row)}
+    return {title: (Cell(replace(row, defence="none"), *of), Cell(row, *of)) for title, of in names.items()}
+
+
+def _chunks(stages: Stages, row: Row) -> list[tuple[int, int]]:
+    """Start and size of each, as the runner has them."""
+    count, chunk = stages.count(row), stages.grid.chunk
+    return [(start, min(chunk, count - start)) for start in range(0, count, chunk)]
+
+
+def _of_chunks(of: Callable[[Cell, int, int], np.ndarray], stages: Stages, cell: Cell) -> np.ndarray:
+    """All of a cell's images, or of their scores."""
+    return np.concatenate([of(cell, start, size) for start, size in _chunks(stages, cell.row)])
 
 
 def _strips(stages: Stages, row: Row, before: dict, after: dict, path: Path, shown: int) -> None:

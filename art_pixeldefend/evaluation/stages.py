@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property, lru_cache
 from typing import Any
@@ -18,7 +18,7 @@ from art_pixeldefend.attacks.budget import clip_to_ball, from_levels
 from art_pixeldefend.classifiers.layers import Network
 from art_pixeldefend.classifiers.training import Recipe, shortened
 from art_pixeldefend.datasets import Dataset
-from art_pixeldefend.defences import AdaptivePixelDefend
+from art_pixeldefend.defences import AdaptivePixelDefend, PixelDefendDetector
 from art_pixeldefend.defences.purifier import as_pixel_cnn
 from art_pixeldefend.density import PixelCNNpp
 from art_pixeldefend.evaluation.grid import CLEAN, Cell, Grid, Row
@@ -236,10 +236,9 @@ class Stages:
 
     def defended(self, cell: Cell, start: int, count: int) -> np.ndarray:
         """The cell's attacked images after its defence."""
-        x, defence_key = self.attacked(cell, start, count), self._defence_key(cell.row)
-        if defence_key is None:
+        x, key = self.attacked(cell, start, count), self._defended_key(cell, start, count)
+        if key["defence"] is None:
             return x
-        key = {"attacked": self.attack_key(cell, start, count), "eps": cell.eps, "defence": defence_key}
 
         def compute() -> np.ndarray:
             defence = self.defence(cell.row)
@@ -247,6 +246,26 @@ class Stages:
             return defence(x)[0]
 
         return self.store.images("defended", key, compute)
+
+    def _defended_key(self, cell: Cell, start: int, count: int) -> dict[str, Any]:
+        attacked = self.attack_key(cell, start, count)
+        return {"attacked": attacked, "eps": cell.eps, "defence": self._defence_key(cell.row)}
+
+    def scores(self, cell: Cell, start: int, count: int) -> np.ndarray:
+        """Log-likelihoods (count,) in nats, under the density model, of the cell's images after its defence; kept."""
+        key = {"images": self._defended_key(cell, start, count), "pixel_cnn": self.pixel_cnn_key}
+        return self._scores(key, lambda: self.defended(cell, start, count))
+
+    def training_scores(self, count: int) -> np.ndarray:
+        """Those of the first training images."""
+        key = {"images": [self.data_key, "train", count], "pixel_cnn": self.pixel_cnn_key}
+        return self._scores(key, lambda: self.clean(0, count, "train"))
+
+    def _scores(self, key: Settings, images: Callable[[], np.ndarray]) -> np.ndarray:
+        if (kept := self.store.read("scores", key)) is None:
+            kept = {"log_likelihoods": PixelDefendDetector(self.pixel_cnn, UNIT).score(images()).tolist()}
+            self.store.write("scores", key, kept)
+        return np.array(kept["log_likelihoods"])
 
     def right(self, cell: Cell, start: int, count: int) -> np.ndarray:
         """Whether each of the cell's images is classified rightly, (count,)."""

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from art.defences.preprocessor import PixelDefend as ArtsPixelDefend
 
-from art_pixeldefend import datasets
+from art_pixeldefend import PixelDefendDetector, datasets
 from art_pixeldefend.evaluation import ascent, drawing, runner, store, table
 from art_pixeldefend.evaluation.art_pixel_defend import ArtPixelDefend, Conditionals
 from art_pixeldefend.evaluation.grid import (
@@ -29,6 +29,7 @@ from art_pixeldefend.evaluation.grid import (
 from art_pixeldefend.evaluation.preprocessors import InTurn, preprocessor
 from art_pixeldefend.evaluation.stages import Stages
 from art_pixeldefend.evaluation.store import Store, digest
+from art_pixeldefend.evaluation.team import Team
 
 # Squeezing stands for every defence: it costs nothing. Four chunks, so that two processes have two each.
 SOURCE = """Grid(
@@ -380,13 +381,29 @@ def test_a_finished_grid_is_drawn(tmp_path):
     row = Row("vgg", "normal", "pixeldefend")
     grid = replace(TINY, rows=(row,), eps=(40,), attacks=("fgsm",), images=4, chunk=4)
     stages = Stages(grid, datasets.load("digits"), Store(tmp_path))
-    files = {path.name for path in drawing.draw(stages, tmp_path / "figures", shown=3, reference=20, samples=3)}
+    files = {path.name for path in drawing.draw(stages, tmp_path / "figures", shown=3, samples=3)}
     kinds = ("strips", "likelihoods", "p-values", "roc")
     drawn = [f"{kind}-40" for kind in kinds] + ["samples"]
     assert files == {f"{name}.{ending}" for name in drawn for ending in ("png", "pdf")} | {"detection.json"}
     numbers = json.loads((tmp_path / "figures" / "detection.json").read_text())["eps"]["40"]
     assert set(numbers["auroc"]) == {"FGSM"} and 0 <= numbers["auroc"]["FGSM"] <= 1
     assert set(numbers["bits_per_dim"]) == {CLEAN, "FGSM"} and "appendix_a" not in numbers  # no noise, no counts
+
+
+def test_likelihoods_for_the_figures_are_shared_out_and_computed_once(tmp_path, monkeypatch):
+    row = Row("vgg", "normal", "pixeldefend")
+    grid = replace(TINY, rows=(row,), eps=(40,), attacks=("rand",), images=6, chunk=4)
+    stages = Stages(grid, datasets.load("digits"), Store(tmp_path))
+    for rank in (0, 1):
+        monkeypatch.setattr(Team, "gather", lambda self, mine: [mine])  # no other process to wait for
+        drawing.score(stages, Team(rank, 2))
+    detector = PixelDefendDetector(stages.pixel_cnn)
+    cell, images = Cell(row, "rand", 40), range(0, 6, 4)
+    expected = [detector.score(stages.defended(cell, start, min(4, 6 - start))) for start in images]
+    monkeypatch.setattr(PixelDefendDetector, "score", lambda *_: pytest.fail("scored again"))
+    for start, scores in zip(images, expected, strict=True):
+        np.testing.assert_array_equal(stages.scores(cell, start, len(scores)), scores)
+    drawing.draw(stages, tmp_path / "figures", samples=3)
 
 
 def test_appendix_a_counts_as_the_paper_does():
