@@ -270,7 +270,7 @@ GRIDS = {
         per_radius(PAPER_ROWS + OTHER_ROWS, (8, 25)),
         (8, 25),
         defences=defences(32, 3),
-        pixel_cnn="fashion-mnist",
+        pixel_cnn="fashion-mnist-40x5",
         validation=500,
         chunk=125,
     ),

@@ -79,14 +79,13 @@ def run(
         _train(stages, processes)
         results = _cells(stages, store, processes, verbose)
         markdown = table.markdown(grid, results)
-        row = drawing.drawn_row(grid)
-        drawn = figures and row and all("right" in result for cell, result in results.items() if cell.row == row)
-        if drawn:
-            drawing.score(stages, processes)
         if processes.rank == 0:
             write_atomically(Path(out) / "table.md", markdown)
             write_atomically(Path(out) / "table.csv", table.comma_separated(grid, results))
-            if drawn:
+        row = drawing.drawn_row(grid)
+        if figures and row and all("right" in result for cell, result in results.items() if cell.row == row):
+            drawing.score(stages, processes)
+            if processes.rank == 0:
                 drawing.draw(stages, Path(out) / "figures")
         processes.gather(None)
     if starts:
