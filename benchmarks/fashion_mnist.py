@@ -35,13 +35,15 @@ def main(
     fewer: Annotated[list[str], typer.Option(help="NAME=N: the first N images for rows whose name ends so")] = [],  # noqa: B006
     shorter: Annotated[list[str], typer.Option(help="NAME=N: N training steps for rows whose name ends so")] = [],  # noqa: B006
     pixel_cnn: Annotated[str, typer.Option(help="density model: a bundled name or a path")] = GRID.pixel_cnn,
+    chunk: Annotated[int, typer.Option(help="images a process attacks and purifies at a time")] = GRID.chunk,
     results: Annotated[Path, typer.Option(help="folder for the table")] = RESULTS,
+    name: Annotated[str, typer.Option(help="of its files")] = "fashion-mnist",
 ) -> None:
     """Regenerate the table."""
-    grid = replace(GRID, images=limit, pixel_cnn=pixel_cnn)
+    grid = replace(GRID, images=limit, pixel_cnn=pixel_cnn, chunk=chunk)
     grid = replace(grid, rows=tuple(changed(row, fewer, shorter) for row in grid.rows))
     grid = grid.only(rows, tuple(attacks.split(",")) if attacks else None)
-    publish(grid, work, results, "fashion-mnist", lambda facts: head(facts, grid.rows), data_dir)
+    publish(grid, work, results, name, lambda facts: head(facts, grid.rows), data_dir)
 
 
 def changed(row: Row, fewer: list[str], shorter: list[str]) -> Row:

@@ -22,7 +22,8 @@ from art_pixeldefend.evaluation.table import title
 from art_pixeldefend.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
-PLACES = {"--work": "FOLDER", "--density-model": "FILE"}  # options whose values say something about one machine only
+# Options whose values say something about one machine only.
+PLACES = {"--work": "FOLDER", "--results": "FOLDER", "--density-model": "FILE"}
 
 
 def command(script: str) -> str:

@@ -28,8 +28,8 @@ from tqdm import tqdm
 from art_pixeldefend import PixelCNNpp, __version__
 from art_pixeldefend.files import write_atomically
 
-CHUNKS = (4, 8, 16, 32, 64)
-TRIED = 128  # images, when a chunk size is chosen
+CHUNKS = (4, 8, 16, 32, 64, 256)
+TRIED = 256  # images, when a chunk size is chosen
 ROUND = 1_000  # images a round: short rounds, so that a disturbance of the machine hits both ways
 
 

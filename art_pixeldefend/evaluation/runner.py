@@ -77,6 +77,7 @@ def run(
     with team() as processes:
         stages.verbose = verbose and processes.rank == 0
         _train(stages, processes)
+        _calibrate(stages, processes)
         results = _cells(stages, store, processes, verbose)
         markdown = table.markdown(grid, results)
         if processes.rank == 0:
@@ -108,6 +109,14 @@ def _train(stages: Stages, processes: Team) -> None:
         _try(partial(stages.model, row))  # the cells that need it report a failure
     for failures in processes.gather(stages.failures):
         stages.failures |= failures
+
+
+def _calibrate(stages: Stages, processes: Team) -> None:
+    """Every missing threshold, each by one process; where one fails, so will its cells, later."""
+    missing, _ = _try(stages.uncalibrated)
+    for row in processes.share(processes.gather(missing or [])[0]):
+        _try(partial(stages.steps, row))
+    processes.gather(None)
 
 
 def _cells(stages: Stages, store: Store, processes: Team, verbose: bool) -> Results:

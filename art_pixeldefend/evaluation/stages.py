@@ -172,14 +172,21 @@ class Stages:
 
     def calibrated(self, row: Row) -> bool:
         """Whether the thresholds that the row's defence needs are there."""
+        return all(self.store.read("thresholds", key) is not None for key in self._threshold_keys(row))
+
+    def uncalibrated(self) -> list[Row]:
+        """A row for each threshold that the grid needs and that is not there."""
+        missing = [row for row in self.grid.rows if not self.calibrated(row)]
+        return list({digest({"thresholds": self._threshold_keys(row)}): row for row in missing}.values())
+
+    def _threshold_keys(self, row: Row) -> list[dict[str, Any]]:
         steps = () if row.defence == "none" else self.grid.defences[row.defence]
-        needed = (self._threshold_key(row, path) for path, arguments in steps if _calibrated(arguments))
-        return all(self.store.read("thresholds", key) is not None for key in needed)
+        return [self._threshold_key(row, path) for path, arguments in steps if _calibrated(arguments)]
 
     def build(self, steps: Sequence[Step]) -> Preprocessor | None:
         """The preprocessor that steps describe, with clip values and density model where it takes them."""
         common = {"pixel_cnn": self.pixel_cnn} if _has_density_model(steps) else {}
-        return preprocessor(steps, clip_values=UNIT, **common)
+        return preprocessor(steps, clip_values=UNIT, batch_size=self.grid.chunk, **common)
 
     @cached_property
     def pixel_cnn_key(self) -> str:
@@ -263,7 +270,8 @@ class Stages:
 
     def _scores(self, key: Settings, images: Callable[[], np.ndarray]) -> np.ndarray:
         if (kept := self.store.read("scores", key)) is None:
-            kept = {"log_likelihoods": PixelDefendDetector(self.pixel_cnn, UNIT).score(images()).tolist()}
+            detector = PixelDefendDetector(self.pixel_cnn, UNIT, batch_size=self.grid.chunk)
+            kept = {"log_likelihoods": detector.score(images()).tolist()}
             self.store.write("scores", key, kept)
         return np.array(kept["log_likelihoods"])
 
