@@ -164,6 +164,7 @@ def measure(options: argparse.Namespace, model: PixelCNNpp, batch: int) -> list[
             "network_passes": round(passes.images / len(x), 2),
             "certified": int(certificate.exact.sum()),
             "ties": int(certificate.ties.sum()),
+            "largest_gap_nats": float(certificate.gap.max()),
         }
     forwards: list[float] = []
     decodes: dict[str, list[float]] = {method: [] for method in decoders}
@@ -235,7 +236,8 @@ def report(rows: list[dict[str, Any]]) -> None:
         print(
             f"{shape} {r['filters']}x{r['resnets']} batch {r['batch']:4d} eps {r['eps']:3d} {r['engine']:>11}: "
             f"{r['fpe']:7.3f} FPE ({r['fpe_lowest']}-{r['fpe_highest']}), {r['images_per_second']:8.2f} images/s, "
-            f"{r['network_passes']:6.2f} passes, certified {r['certified']}/{r['batch']}, {r['ties']} ties",
+            f"{r['network_passes']:6.2f} passes, certified {r['certified']}/{r['batch']}, {r['ties']} ties, "
+            f"gap {r['largest_gap_nats']:.1e}",
             flush=True,
         )
 
