@@ -38,12 +38,13 @@ def main(
     chunk: Annotated[int, typer.Option(help="images a process attacks and purifies at a time")] = GRID.chunk,
     results: Annotated[Path, typer.Option(help="folder for the table")] = RESULTS,
     name: Annotated[str, typer.Option(help="of its files")] = "fashion-mnist",
+    figures: Annotated[bool, typer.Option(help="draw the figures, whose images the density model scores")] = True,
 ) -> None:
     """Regenerate the table."""
     grid = replace(GRID, images=limit, pixel_cnn=pixel_cnn, chunk=chunk)
     grid = replace(grid, rows=tuple(changed(row, fewer, shorter) for row in grid.rows))
     grid = grid.only(rows, tuple(attacks.split(",")) if attacks else None)
-    publish(grid, work, results, name, lambda facts: head(facts, grid.rows), data_dir)
+    publish(grid, work, results, name, lambda facts: head(facts, grid.rows), data_dir, ("*",) if figures else ())
 
 
 def changed(row: Row, fewer: list[str], shorter: list[str]) -> Row:

@@ -53,12 +53,12 @@ def publish(
         name: its files' stem.
         head: what stands above the table, given the facts.
         data_dir: where the official data files are.
-        figures: patterns of those that are copied, as PNG.
+        figures: patterns of those that are copied, as PNG; without any, none are drawn.
 
     Returns:
         The table as Markdown.
     """
-    markdown = runner.run(grid, work, data_dir=data_dir)
+    markdown = runner.run(grid, work, data_dir=data_dir, figures=bool(figures))
     if int(os.environ.get("RANK", "0")) > 0:
         return markdown
     stages = Stages(grid, datasets.load(grid.dataset, data_dir), Store(work))
@@ -69,7 +69,7 @@ def publish(
     # A cell a line: what changes from run to run is seen in a diff.
     lines = ",\n".join(json.dumps(cell, sort_keys=True) for cell in cells.values())
     write_atomically(results / f"{name}.json", f'{{"facts": {json.dumps(facts, indent=1)},\n"cells": [\n{lines}\n]}}\n')
-    for pattern in (*(f"{figure}.png" for figure in figures), "detection.json"):
+    for pattern in (*(f"{figure}.png" for figure in figures), "detection.json") if figures else ():
         for figure in sorted((work / "figures").glob(pattern)):
             shutil.copyfile(figure, results / f"{name}-{figure.name}")
     return markdown
