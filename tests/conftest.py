@@ -6,6 +6,9 @@ import torch
 
 from art_pixeldefend import PixelCNNpp, datasets
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined: they work on a CPU then, slowly
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():

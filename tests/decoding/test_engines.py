@@ -65,6 +65,19 @@ def test_engines_agree_on_any_model_and_image(method, data):
     agree(model, x, eps, method, greedy_decode(model, x, eps, "reference"))
 
 
+@pytest.mark.parametrize("method", ENGINES)
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("shape", [(1, 5, 6), (3, 4, 5)])
+def test_the_input_stays_as_it_is_and_the_output_is_not_part_of_it(make_model, make_levels, shape, count, method):
+    model, x = make_model(shape), torch.from_numpy(make_levels(count, shape))
+    before = x.clone()
+    purified = greedy_decode(model, x, 60, method)
+    assert not torch.equal(purified, x)
+    assert torch.equal(x, before)
+    purified += 1
+    assert torch.equal(x, before)
+
+
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_rows_and_pixels_of_the_cached_engine_give_the_same_image(make_model, make_levels, shape, monkeypatch):
     model, x = make_model(shape), torch.from_numpy(make_levels(3, shape))

@@ -1,9 +1,5 @@
 """Without a GPU, the engine under Triton's interpreter, which works on a CPU; without Triton, nothing."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -11,26 +7,21 @@ from art_pixeldefend.decoding import certify, choose_engine, decode, greedy_deco
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
-INTERPRETED = """
-import torch
-from art_pixeldefend.decoding import graphed, greedy_decode
-from art_pixeldefend.decoding.graphed import recording
-from art_pixeldefend.density import PixelCNNpp
-for shape, count, eps in [((1, 9, 4), 2, 16), ((3, 3, 4), 3, 255)]:
-    torch.manual_seed(0)
-    model = PixelCNNpp(shape, 6, 1, 3).eval()
-    x = torch.randint(0, 256, (count, *shape), dtype=torch.uint8)
-    model.initialise(x)
-    expected = greedy_decode(model, x, eps, "reference")
-    for recording.ITERATED in (64, 0):  # rows again and again, pixel by pixel
-        with model.evaluating():
-            assert torch.equal(graphed.decode(model, x, eps), expected)
-"""
 
+@pytest.mark.skipif(not decode.has_triton() or torch.cuda.is_available(), reason="no Triton, or it compiles")
+@pytest.mark.parametrize("iterated", [64, 0], ids=["whole rows, repeated", "pixel by pixel"])
+@pytest.mark.parametrize(("shape", "count", "eps"), [((1, 9, 2), 1, 16), ((3, 2, 2), 2, 255)])
+def test_interpreted_kernels_give_the_image_of_the_reference(
+    make_model, make_levels, monkeypatch, shape, count, eps, iterated
+):
+    from art_pixeldefend.decoding import graphed
 
-@pytest.mark.skipif(not decode.has_triton(), reason="no Triton")
-def test_interpreted_kernels_give_the_image_of_the_reference():
-    subprocess.run([sys.executable, "-c", INTERPRETED], check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+    monkeypatch.setattr(graphed.recording, "ITERATED", iterated)
+    model, x = make_model(shape), torch.from_numpy(make_levels(count, shape))
+    before, expected = x.clone(), greedy_decode(model, x, eps, "reference")
+    with model.evaluating():
+        assert torch.equal(graphed.decode(model, x, eps), expected)
+    assert torch.equal(x, before)
 
 
 def test_a_model_on_a_cpu_is_left_to_the_cached_engine(make_model):
@@ -46,6 +37,7 @@ def test_a_gpu_gives_the_images_of_a_cpu_call_after_call(make_model, make_levels
     expected = greedy_decode(model, x, 40, "compiled")
     model.cuda()
     assert choose_engine(model, "auto") == "graphed"
+    x = x.cuda()  # where the engine could write into it
     for _ in range(2):
         found = greedy_decode(model, x, 40, batch_size=count)
         assert certify(model, x, found, 40).exact.all()

@@ -9,6 +9,15 @@ DTYPES = [(torch.float32, 1e-6), (torch.bfloat16, 0.01)]  # and how far from tor
 PADDINGS = [(0, 0, 0, 0), (1, 1, 1, 0), (1, 0, 1, 0)]
 
 
+@pytest.fixture(autouse=True, params=["loops", "kernels"])
+def passes(request, monkeypatch):
+    """Those of a CPU, and those of a GPU under Triton's interpreter."""
+    if request.param == "kernels" and torch.cuda.is_available():
+        pytest.skip("kernels are compiled where there is a GPU, and the tensors here are on the CPU")
+    passes = pytest.importorskip(f"art_pixeldefend.density.{request.param}")
+    monkeypatch.setattr(fused, "_passes", lambda device: passes)
+
+
 def activations(filters, dtype, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x = 2 * torch.randn(3, filters, 5, 6, generator=generator)
@@ -55,7 +64,7 @@ def test_what_dropout_drops_has_neither_value_nor_gradient_and_the_rest_is_scale
 
 
 def test_dropout_is_as_frequent_as_asked_and_independent_between_places_and_calls():
-    x = torch.ones(4, 16, 100, 100).to(memory_format=torch.channels_last).requires_grad_()
+    x = torch.ones(4, 16, 50, 50).to(memory_format=torch.channels_last).requires_grad_()
     torch.manual_seed(0)
     one, other = ((fused.concat_elu(x, 0.3) == 0).float() for _ in range(2))
     error = (0.3 * 0.7 / one.numel()) ** 0.5
@@ -84,7 +93,7 @@ def test_weight_norm_and_its_gradients_are_those_of_the_layer():
     with torch.autocast("cpu", torch.bfloat16):
         weight = fused.weight_norm(*weights)
     assert weight.dtype == torch.bfloat16
-    assert torch.allclose(weight.float(), layer.weight(), rtol=0.005)
+    assert torch.allclose(weight.float(), layer.weight(), rtol=0.008)  # the interpreter cuts digits off
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -106,15 +115,15 @@ def test_they_are_for_training_in_the_layout_and_the_dtypes_they_know():
 
 
 def test_a_training_step_is_that_of_torch(make_model, make_levels, monkeypatch):
-    model = make_model((3, 9, 7), dropout=0.0).train()
-    x = torch.from_numpy(make_levels(4, (3, 9, 7)))
+    model = make_model((3, 5, 7), dropout=0.0).train()
+    x = torch.from_numpy(make_levels(2, (3, 5, 7)))
     gradients = []
     for layout, known in ((torch.channels_last, True), (torch.channels_last, False), (torch.contiguous_format, True)):
-        if not known:
-            monkeypatch.setattr(fused, "_passes", lambda device: None)  # as without Numba
-        model.to(memory_format=layout).zero_grad()
-        model.sub_pixel_log_probs(x.contiguous(memory_format=layout)).mean().backward()
+        with monkeypatch.context() as patch:
+            if not known:
+                patch.setattr(fused, "_passes", lambda device: None)  # as without Numba
+            model.to(memory_format=layout).zero_grad()
+            model.sub_pixel_log_probs(x.contiguous(memory_format=layout)).mean().backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
-        monkeypatch.undo()
     for other in gradients[1:]:
         assert torch.allclose(gradients[0], other, rtol=1e-3, atol=1e-5 * other.abs().max().item())

@@ -92,7 +92,7 @@ class Recording:
         """Purified levels of ``x`` (N, C, H, W), up to ``count`` of them."""
         with self._lock:
             self._walk.memory.clear()
-            found = x.permute(2, 3, 0, 1).contiguous()
+            found = x.permute(2, 3, 0, 1).clone(memory_format=torch.contiguous_format)  # one grey image would be `x`
             settle = self._settle_by_iteration if self.count <= ITERATED else self._settle_by_pixels
             for row in range(self.height):
                 self._x[:, : len(x)] = found[row]
