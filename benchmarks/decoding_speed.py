@@ -17,24 +17,20 @@ import json
 import platform
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from yardstick import fastest_forward, forward, seconds
 
 import art_pixeldefend
 from art_pixeldefend import PixelCNNpp, datasets, greedy_decode
 from art_pixeldefend.decoding import ENGINES, certify, choose_engine
 
-CHUNKS = (1, 4, 16, 32, 64, 256, 1024)
-SHORTEST = 0.3  # seconds: what takes less is repeated
 SIZES, BATCHES = (8, 16, 28, 32, 64), (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
@@ -96,38 +92,6 @@ def images(options: argparse.Namespace, model: PixelCNNpp, count: int) -> Tensor
 # Time
 
 
-def seconds(function: Callable[[], Any], device: str) -> float:
-    """Wall time of one call, repeated until it can be measured."""
-    calls, start = 0, time.perf_counter()
-    while not calls or time.perf_counter() - start < SHORTEST:
-        function()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        calls += 1
-    return (time.perf_counter() - start) / calls
-
-
-@torch.no_grad()
-def forward(model: PixelCNNpp, x: Tensor, chunk: int, channels_last: bool) -> None:
-    """One plain pass over ``x`` in chunks."""
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    for piece in x.split(chunk):
-        model(piece.contiguous(memory_format=layout))
-
-
-def fastest_forward(model: PixelCNNpp, x: Tensor, device: str) -> tuple[Callable[[], None], dict[str, Any]]:
-    """The plain pass over ``x`` in the chunk size and memory layout that take the least time, and which these are."""
-    times = {}
-    sizes = {min(chunk, len(x)) for chunk in CHUNKS if chunk >= len(x) // 64}  # smaller ones are never the fastest
-    for chunk, last in product(sorted(sizes), (False, True)):
-        some = x[: max(chunk, 64)]
-        attempt = partial(forward, model, some, chunk, last)
-        attempt()
-        times[chunk, last] = min(seconds(attempt, device) for _ in range(2)) / len(some)
-    chunk, last = min(times, key=times.get)
-    return partial(forward, model, x, chunk, last), {"chunk": chunk, "channels_last": last}
-
-
 class PassCounter:
     """Counts the images that go through the network while it is open."""
 
@@ -149,7 +113,8 @@ class PassCounter:
 def measure(options: argparse.Namespace, model: PixelCNNpp, batch: int) -> list[dict[str, Any]]:
     """One row for each method."""
     x = images(options, model, batch)
-    plain, how = fastest_forward(model, x, options.device)
+    how = fastest_forward(model, x)
+    plain = partial(forward, model, x, **how)
     decoder_model = copy.deepcopy(model).bfloat16() if options.bf16 else model
     decoders = {
         method: lambda method=method: greedy_decode(decoder_model, x, options.eps, method, batch_size=batch)
@@ -169,9 +134,9 @@ def measure(options: argparse.Namespace, model: PixelCNNpp, batch: int) -> list[
     forwards: list[float] = []
     decodes: dict[str, list[float]] = {method: [] for method in decoders}
     for _ in range(options.rounds):
-        forwards.append(seconds(plain, options.device))
+        forwards.append(seconds(plain, model.device))
         for method, decoder in decoders.items():
-            decodes[method].append(seconds(decoder, options.device))
+            decodes[method].append(seconds(decoder, model.device))
     return [
         row(model, options, len(x), method, choose_engine(decoder_model, method), how, forwards, decodes[method])
         | checks[method]

@@ -1,72 +1,82 @@
 """Is the Fashion-MNIST table the one that another engine makes, and its purified images in every sub-pixel?
 
     python benchmarks/engines_agree.py --work FOLDER --method cached
-    python benchmarks/engines_agree.py --work FOLDER --method reference --limit 20
+    python benchmarks/engines_agree.py --work FOLDER --method reference --limit 20 --rows vgg
 
-``FOLDER`` is that of ``fashion_mnist.py``. The attacked images of the bare PixelDefend row are purified again by the
-engine named, and shown to the classifier again.
+``FOLDER`` is that of ``fashion_mnist.py``. The attacked images of the bare PixelDefend rows are purified again by the
+engine named, and shown to the classifiers again. (Adaptive PixelDefend shows these images, or attacked ones.)
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
+from fashion_mnist import GRID
 from published import command
 from tqdm import tqdm
 
-from art_pixeldefend import datasets, greedy_decode
-from art_pixeldefend.attacks.budget import from_levels, to_levels
+from art_pixeldefend import datasets
+from art_pixeldefend.attacks.budget import to_levels
 from art_pixeldefend.evaluation import runner
-from art_pixeldefend.evaluation.drawing import drawn_row
-from art_pixeldefend.evaluation.grid import GRIDS
+from art_pixeldefend.evaluation.grid import Cell
 from art_pixeldefend.evaluation.stages import Stages
 from art_pixeldefend.evaluation.store import UNIT, Store
 from art_pixeldefend.files import write_atomically
 
-EPS = 32  # of the table's PixelDefend
+ROWS = "/pixeldefend/bare"
 
 
 def main(
     work: Annotated[Path, typer.Option(help="the folder of fashion_mnist.py")],
     method: Annotated[str, typer.Option(help="the engine to compare with")] = "cached",
-    limit: Annotated[int, typer.Option(help="images of each cell, from the first on")] = 1000,
+    limit: Annotated[int, typer.Option(help="images of each cell, from the first on")] = GRID.images,
+    rows: Annotated[str | None, typer.Option(help="only rows with one of these words; !WORD: without it")] = None,
+    chunk: Annotated[int, typer.Option(help="as fashion_mnist.py had it")] = GRID.chunk,
     data_dir: Annotated[Path | None, typer.Option(envvar="ART_PIXELDEFEND_DATA", help="the official files")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file")] = None,
 ) -> None:
     """Purify again and count what differs, and for each cell the images that are right by either engine."""
-    grid = GRIDS["fashion-mnist"]
-    stages, row = Stages(grid, datasets.load(grid.dataset, data_dir), Store(work)), drawn_row(grid)
-    cells, chunk = [cell for cell in grid.cells() if cell.row == row], grid.chunk
+    grid = replace(GRID, chunk=chunk).only(ROWS).only(rows)
+    stages, cells = Stages(grid, datasets.load(grid.dataset, data_dir), Store(work)), list(grid.cells())
     images = sub_pixels = 0
     right: dict[str, list[int]] = {}
     began = time.perf_counter()
     for cell in tqdm(cells):
-        counts = right.setdefault(f"{cell.attack} {cell.eps}" if cell.eps else cell.attack, [0, 0])
-        for start in range(0, limit, chunk):
-            size = min(chunk, limit - start)  # of the chunk that the grid had
-            attacked, defended = (of(cell, start, chunk)[:size] for of in (stages.attacked, stages.defended))
-            again = greedy_decode(stages.pixel_cnn, to_levels(attacked, UNIT), EPS, method)
-            differs = again != to_levels(defended, UNIT)
+        counts = right.setdefault(cell.name, [0, 0])
+        for y, purified in both(stages, cell, method, limit):
+            differs = np.not_equal(*(to_levels(x, UNIT) for x in purified))
             images += int(differs.any(axis=(1, 2, 3)).sum())
             sub_pixels += int(differs.sum())
-            y = stages.data.y_test[start : start + size]
-            for i, x in enumerate((defended, from_levels(again, UNIT))):
-                counts[i] += int((stages.classifier(row, False).predict(x).argmax(axis=1) == y).sum())
+            for i, x in enumerate(purified):
+                counts[i] += int((stages.classifier(cell.row, False).predict(x).argmax(axis=1) == y).sum())
     result = {
         "command": command("engines_agree.py"),
-        "date": date.today().isoformat(), "hardware": runner.hardware(), "method": method, "cells": len(cells),
-        "images": limit * len(cells), "images_that_differ": images, "sub_pixels_that_differ": sub_pixels,
-        "right_by_cell": right, "cells_that_differ": sum(a != b for a, b in right.values()),
-        "seconds": round(time.perf_counter() - began, 1),
+        "date": date.today().isoformat(), "hardware": runner.hardware(), "density_model": grid.pixel_cnn,
+        "method": method, "cells": len(cells), "images": limit * len(cells), "images_that_differ": images,
+        "sub_pixels_that_differ": sub_pixels, "right_by_cell": right,
+        "cells_that_differ": sum(a != b for a, b in right.values()), "seconds": round(time.perf_counter() - began, 1),
     }  # fmt: skip
     typer.echo(json.dumps(result, indent=1))
     if out:
         write_atomically(out, json.dumps(result, indent=1) + "\n")
+
+
+def both(stages: Stages, cell: Cell, method: str, limit: int) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+    """A chunk's labels, and its images as the table has them and as ``method`` purifies them."""
+    again = stages.build([(path, dict(arguments) | {"method": method}) for path, arguments in stages.steps(cell.row)])
+    chunk = stages.grid.chunk
+    for start in range(0, limit, chunk):
+        size = min(chunk, limit - start)  # of the chunk that the grid had
+        attacked, defended = (of(cell, start, chunk)[:size] for of in (stages.attacked, stages.defended))
+        yield stages.data.y_test[start : start + size], [defended, again(attacked)[0]]
 
 
 if __name__ == "__main__":

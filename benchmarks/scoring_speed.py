@@ -12,11 +12,8 @@ import json
 import platform
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from datetime import date
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,53 +21,25 @@ import torch
 import typer
 from torch import Tensor
 from tqdm import tqdm
+from yardstick import fastest_forward, forward, seconds
 
 from art_pixeldefend import PixelCNNpp, __version__
 from art_pixeldefend.files import write_atomically
 
-CHUNKS = (4, 8, 16, 32, 64, 256)
 TRIED = 256  # images, when a chunk size is chosen
 ROUND = 1_000  # images a round: short rounds, so that a disturbance of the machine hits both ways
 
 
-@torch.inference_mode()
-def forward(model: PixelCNNpp, x: Tensor, chunk: int, layout: torch.memory_format) -> None:
-    """The network's passes over ``x``, and nothing else."""
-    for piece in x.split(chunk):
-        model(piece.contiguous(memory_format=layout))
-
-
-def seconds(function: Callable[[], Any], device: torch.device) -> float:
-    """Of one call."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    began = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
-
-
-def fastest_forward(model: PixelCNNpp, x: Tensor) -> tuple[int, torch.memory_format]:
-    """Chunk size and memory layout of the fastest passes."""
-    times = {}
-    for how in product(CHUNKS, (torch.contiguous_format, torch.channels_last)):
-        attempt = partial(forward, model, x[:TRIED], *how)
-        attempt()
-        times[how] = min(seconds(attempt, model.device) for _ in range(2))
-    return min(times, key=times.__getitem__)
-
-
 def measure(model: PixelCNNpp, x: Tensor) -> dict[str, Any]:
     """Totals over all images, and the median over rounds of the ratio."""
-    how = fastest_forward(model, x)
+    how = fastest_forward(model, x[:TRIED])
     forwards, scores = [], []
     for piece in tqdm(x.split(ROUND), unit="round"):
-        forwards.append(seconds(partial(forward, model, piece, *how), model.device))
+        forwards.append(seconds(partial(forward, model, piece, **how), model.device))
         scores.append(seconds(partial(model.bits_per_dim, piece), model.device))
     ratios = [score / alone for score, alone in zip(scores, forwards, strict=True)]
     return {
-        "forward_chunk": how[0], "forward_layout": str(how[1]).removeprefix("torch."), "images": len(x),
+        "forward": how, "images": len(x),
         "forward_images_per_second": round(len(x) / sum(forwards), 2),
         "scoring_images_per_second": round(len(x) / sum(scores), 2),
         "ratio": round(statistics.median(ratios), 3), "ratio_min": round(min(ratios), 3),

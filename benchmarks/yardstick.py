@@ -1,0 +1,50 @@
+"""What decoding and scoring are measured by: the fastest plain float32 forward passes of the same network."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from art_pixeldefend import PixelCNNpp
+
+CHUNKS = (1, 4, 8, 16, 32, 64, 256, 1024)
+SHORTEST = 0.3  # seconds: what takes less is repeated
+
+
+def seconds(function: Callable[[], Any], device: torch.device) -> float:
+    """Wall time of one call, repeated until it can be measured."""
+    calls, start = 0, time.perf_counter()
+    while not calls or time.perf_counter() - start < SHORTEST:
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        calls += 1
+    return (time.perf_counter() - start) / calls
+
+
+@torch.inference_mode()
+def forward(model: PixelCNNpp, x: Tensor, chunk: int, channels_last: bool) -> None:
+    """Plain passes over ``x`` in chunks, in the precision that decoding and scoring have: no TF32."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    with model.evaluating():
+        for piece in x.split(chunk):
+            model(piece.contiguous(memory_format=layout))
+
+
+def fastest_forward(model: PixelCNNpp, x: Tensor) -> dict[str, Any]:
+    """Chunk size and memory layout that take the least time, as arguments of :func:`forward`."""
+    times = {}
+    sizes = {min(chunk, len(x)) for chunk in CHUNKS if chunk >= len(x) // 64}  # smaller ones are never the fastest
+    for chunk, last in product(sorted(sizes), (False, True)):
+        some = x[: max(chunk, 64)]
+        attempt = partial(forward, model, some, chunk, last)
+        attempt()
+        times[chunk, last] = min(seconds(attempt, model.device) for _ in range(2)) / len(some)
+    chunk, last = min(times, key=times.__getitem__)
+    return {"chunk": chunk, "channels_last": last}
