@@ -50,5 +50,6 @@ def team() -> Iterator[Team]:
     dist.init_process_group("gloo", timeout=timedelta(days=7))
     try:
         yield Team(dist.get_rank(), dist.get_world_size())
+        dist.barrier()  # nobody closes connections that another may still use
     finally:
         dist.destroy_process_group()
