@@ -23,7 +23,7 @@ from art_pixeldefend.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 # Options whose values say something about one machine only.
-PLACES = {"--work": "FOLDER", "--results": "FOLDER", "--density-model": "FILE"}
+PLACES = {"--work": "FOLDER", "--results": "FOLDER", "--density-model": "FILE", "--out": "FILE"}
 
 
 def command(script: str) -> str:
