@@ -3,8 +3,9 @@
     python benchmarks/figure5.py --work FOLDER --starts 20
 
 goes on where it was, and ``torchrun`` shares the starts out. ``--work`` may be the folder of the grid's own script: its
-classifiers and attacked images are then taken from there. One start on Fashion-MNIST asks the model about 120 times, with
-``--pixel-cnn fashion-mnist`` 5 to 9 seconds of a CPU core: the paper's 100 starts for 10 images are two hours of it.
+classifiers and attacked images are then taken from there. One start on Fashion-MNIST asks the model about 120 times,
+with ``--pixel-cnn fashion-mnist`` 5 to 9 seconds of a CPU core: the paper's 100 starts for 10 images are two hours of
+it.
 """
 
 from __future__ import annotations

@@ -68,5 +68,5 @@ def _gaps(pixel_cnn: PixelCNNpp, x: Tensor, purified: Tensor, eps: int) -> Tenso
         parts = mixture.components(params, levels, k)
         best = mixture.log_prob(parts, rule.choose(parts, pixels, k).double())
         gaps[:, k] = best - mixture.log_prob(parts, levels[:, k])
-    feasible = (levels >= rule.low) & (levels <= rule.high)
+    feasible = (levels >= rule.low.t()) & (levels <= rule.high.t())
     return gaps.where(feasible, torch.inf).view(x.movedim(1, -1).shape)

@@ -43,14 +43,16 @@ class Greedy(Rule):
     """
 
     def __init__(self, x: Tensor, eps: int) -> None:
-        flat = x.movedim(1, -1).flatten(0, 2).long()
+        flat = x.movedim(1, 0).flatten(1).long()  # (C, N H W)
         self.low, self.high = (flat - eps).clamp_min(0), (flat + eps).clamp_max(LEVELS - 1)
         self.window = min(2 * eps + 1, LEVELS)
 
     def choose(self, parts: Components, pixels: Tensor, channel: int) -> Tensor:
         """The argmax over the range, a bounded number of pixels at a time."""
-        low, high = self.low[pixels, channel], self.high[pixels, channel]
+        low, high = self.low[channel][pixels], self.high[channel][pixels]
         piece = max(1, WEIGHED // (self.window * parts.means.shape[-1]))
+        if len(low) <= piece:
+            return mixture.best_level(parts, low, high)
         pieces = zip(*(part.split(piece) for part in (*parts, low, high)), strict=True)
         return torch.cat([mixture.best_level(Components(*parts), low, high) for *parts, low, high in pieces])
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+AWAKE = 1e-6  # seconds between looks at the interpreter's lock: whoever sleeps until it is free wakes up too late
 
 _sharing = threading.Lock()
 
@@ -24,10 +28,18 @@ def share_out(work: Callable[[int, int], Tensor], count: int, device: torch.devi
     if parts < 2:
         return work(0, count)
     edges = [count * part // parts for part in range(parts + 1)]
-    with _sharing:
-        torch.set_num_threads(1)
-        try:
-            with ThreadPoolExecutor(parts) as pool:
-                return torch.cat(list(pool.map(work, edges[:-1], edges[1:])))
-        finally:
-            torch.set_num_threads(threads)
+    with _sharing, _single_threaded_operations(), ThreadPoolExecutor(parts) as pool:
+        return torch.cat(list(pool.map(work, edges[:-1], edges[1:])))
+
+
+@contextmanager
+def _single_threaded_operations() -> Iterator[None]:
+    """No threads inside torch's operations; Python's own, of which there are many calls, wait for one another awake."""
+    threads, interval = torch.get_num_threads(), sys.getswitchinterval()
+    torch.set_num_threads(1)
+    sys.setswitchinterval(AWAKE)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+        torch.set_num_threads(threads)

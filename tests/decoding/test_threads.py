@@ -1,4 +1,5 @@
 import contextlib
+import sys
 import threading
 
 import pytest
@@ -40,7 +41,9 @@ def test_each_thread_has_its_operations_to_itself():
     assert share_out(work, 7, CPU).tolist() == [1, 1, 1]
 
 
-def test_the_number_of_threads_is_set_back_after_a_failure_too():
+def test_what_is_set_for_the_process_is_set_back_after_a_failure_too():
+    interval = sys.getswitchinterval()
+
     def fail(first, end):
         raise MemoryError
 
@@ -48,6 +51,7 @@ def test_the_number_of_threads_is_set_back_after_a_failure_too():
         with contextlib.suppress(MemoryError):
             share_out(work, 7, CPU)
         assert torch.get_num_threads() == threads_of_a_new_thread() == 3
+        assert sys.getswitchinterval() == interval
 
 
 def test_calls_from_several_threads_do_not_mix():

@@ -78,6 +78,21 @@ def test_best_level_of_a_range_is_the_argmax_of_its_log_probabilities(data, mixt
     assert torch.allclose(logs.gather(1, best[:, None])[:, 0], most, rtol=1e-12, atol=1e-9)
 
 
+@given(data=st.data(), mixtures=st.integers(1, 5), eps=st.integers(0, 255))
+@settings(max_examples=100, deadline=None)
+def test_masses_are_the_probabilities_wherever_these_are_not_tiny(data, mixtures, eps):
+    params = torch.from_numpy(data.draw(hnp.arrays(np.float32, (4, 3 * mixtures), elements=finite))).double()
+    center = torch.from_numpy(data.draw(hnp.arrays(np.uint8, 4))).long()
+    low, high = (center - eps).clamp_min(0), (center + eps).clamp_max(255)
+    parts = mixture.components(params, torch.zeros(4, 1, dtype=torch.float64), 0)
+    found = mixture.masses(parts, low, high)
+    z = low[:, None] + torch.arange(found.shape[1])
+    expected = all_levels(parts).exp().gather(1, z.clamp_max(255)).where(z <= high[:, None], 0.0)
+    tiny = expected < mixture.SMALLEST
+    assert (found[tiny] < 10 * mixture.SMALLEST).all()
+    assert torch.allclose(found[~tiny], expected[~tiny], rtol=1e-9, atol=0)
+
+
 def test_far_tails_keep_the_order_of_levels():
     """All of a range may lie where probabilities underflow; the level nearest the mean must win, not the first."""
     params = torch.tensor([[0.0, 1.0, -7.0]])
