@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import operator
 from typing import Any
 
@@ -12,8 +14,8 @@ from torch import Tensor
 LEVELS = 256
 
 
-def check_count(name: str, value: Any, least: int = 1) -> int:
-    """``value`` as an int, at least ``least``.
+def check_count(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
+    """``value`` as an int, at least ``least`` and at most ``most``.
 
     Raises:
         ValueError: naming the argument ``name``.
@@ -26,7 +28,33 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}") from None
     if count < least:
         raise ValueError(f"{name} must be an integer of at least {least}, got {count}")
+    if most is not None and count > most:
+        raise ValueError(f"{name} must be an integer of at most {most}, got {count}")
     return count
+
+
+def check_number(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> float:
+    """``value`` as a float in low..high.
+
+    Raises:
+        ValueError: naming the argument ``name``.
+    """
+    number = _as_float(value)
+    if not low <= number <= high:
+        raise ValueError(f"{name} must be a number between {low:g} and {high:g}, got {value!r}")
+    return number
+
+
+def check_probability(name: str, value: Any) -> float:
+    """``value`` as a float in [0, 1).
+
+    Raises:
+        ValueError: naming the argument ``name``.
+    """
+    number = _as_float(value)
+    if not 0 <= number < 1:
+        raise ValueError(f"{name} must be a probability in [0, 1), got {value!r}")
+    return number
 
 
 def check_eps(name: str, value: Any) -> int:
@@ -102,7 +130,12 @@ def check_levels(name: str, x: Any, image_shape: tuple[int, int, int]) -> Tensor
     return x.to(torch.uint8)
 
 
+def _as_float(value: Any) -> float:
+    """NaN for what is no real number."""
+    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+
+
 def _as_tensor(x: Any) -> Tensor:
-    """An array of any byte order; one that may not be written to is copied, or torch warns."""
+    """An array of any byte order and strides; one that may not be written to is copied, or torch warns."""
     x = np.asarray(x)
-    return torch.from_numpy(np.require(x, x.dtype.newbyteorder("="), requirements="W"))
+    return torch.from_numpy(np.require(x, x.dtype.newbyteorder("="), requirements=("C", "W")))

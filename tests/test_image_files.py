@@ -116,3 +116,14 @@ def test_images_of_more_than_8_bits_are_refused(tmp_path):
     Image.fromarray(np.full((4, 4), 30_000, np.uint16)).save(tmp_path / "a.png")
     with pytest.raises(ValueError, match="8 bits"):
         read_images(tmp_path)
+
+
+def test_an_atomic_write_makes_ordinary_files_and_leaves_the_process_alone(tmp_path, monkeypatch):
+    (tmp_path / "ordinary").write_text("")
+
+    def refuse(mask):
+        raise AssertionError("the umask is every thread's")
+
+    monkeypatch.setattr("os.umask", refuse)
+    write_atomically(tmp_path / "file", "content")
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "ordinary").stat().st_mode

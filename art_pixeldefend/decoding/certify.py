@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from art_pixeldefend.decoding.rules import Greedy
-from art_pixeldefend.density import PixelCNNpp, mixture
+from art_pixeldefend.density import PixelCNNpp, check_pixel_cnn, mixture
 from art_pixeldefend.validation import check_eps
 
 CHUNK = 16  # images a pass
@@ -46,6 +46,7 @@ def certify(pixel_cnn: PixelCNNpp, x: Tensor | np.ndarray, x_purified: Tensor | 
     Raises:
         ValueError: naming the argument that is not as described.
     """
+    check_pixel_cnn(pixel_cnn)
     eps = check_eps("eps", eps)
     x, x_purified = pixel_cnn.as_levels(x), pixel_cnn.as_levels(x_purified, "x_purified")
     if len(x) != len(x_purified):

@@ -13,7 +13,7 @@ from torch import Tensor
 from art_pixeldefend.batches import map_batches
 from art_pixeldefend.decoding import cached, fixed_point, reference
 from art_pixeldefend.decoding.rules import Ancestral, Greedy
-from art_pixeldefend.density import PixelCNNpp
+from art_pixeldefend.density import PixelCNNpp, check_pixel_cnn
 from art_pixeldefend.validation import check_count, check_eps
 
 Engine = Callable[[PixelCNNpp, Tensor, int], Tensor]
@@ -82,7 +82,7 @@ def choose_engine(pixel_cnn: PixelCNNpp, method: str) -> str:
     Raises:
         ValueError: if there is no method of that name.
     """
-    if method != "auto" and method not in ENGINES:
+    if method not in ("auto", *ENGINES):
         raise ValueError(f"method must be one of auto, {', '.join(ENGINES)}, got {method!r}")
     if method == "auto":
         return next((engine for engine, fits in FITS.items() if fits(pixel_cnn)), "cached")
@@ -113,8 +113,7 @@ def greedy_decode(pixel_cnn, x, eps, method="auto", *, batch_size=BATCH_SIZE, ve
     Raises:
         ValueError: naming the argument that is not as described.
     """
-    if not isinstance(pixel_cnn, PixelCNNpp):
-        raise ValueError(f"pixel_cnn must be a PixelCNNpp (from_pretrained and load make one), got {pixel_cnn!r}")
+    check_pixel_cnn(pixel_cnn)
     decode = ENGINES[choose_engine(pixel_cnn, method)]
     eps, batch_size = check_eps("eps", eps), check_count("batch_size", batch_size)
     levels = pixel_cnn.as_levels(x)
@@ -137,8 +136,9 @@ def sample(pixel_cnn: PixelCNNpp, count: int, *, seed: int = 0) -> Tensor:
         Levels (N, C, H, W), uint8, on the model's device; the same for the same seed.
 
     Raises:
-        ValueError: if ``count`` is negative.
+        ValueError: if ``pixel_cnn`` is none, or ``count`` is negative.
     """
+    check_pixel_cnn(pixel_cnn)
     count = check_count("count", count, least=0)
     rule = Ancestral(count, pixel_cnn.image_shape, pixel_cnn.mixtures, torch.Generator().manual_seed(seed))
     start = torch.zeros(count, *pixel_cnn.image_shape, dtype=torch.uint8, device=pixel_cnn.device)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from art_pixeldefend.density import mixture
-from art_pixeldefend.density.mixture import LEVELS, Components
+from art_pixeldefend.density.mixture import LEVELS, STRIDE, Components
 
 WEIGHED = 1 << 21  # numbers in memory at a time (float64, and some four of each) where levels are weighed
 
@@ -50,7 +50,8 @@ class Greedy(Rule):
     def choose(self, parts: Components, pixels: Tensor, channel: int) -> Tensor:
         """The argmax over the range, a bounded number of pixels at a time."""
         low, high = self.low[channel][pixels], self.high[channel][pixels]
-        piece = max(1, WEIGHED // (self.window * parts.means.shape[-1]))
+        room = -(-self.window // STRIDE) * STRIDE if self.window > STRIDE else self.window
+        piece = max(1, WEIGHED // (room * parts.means.shape[-1]))
         if len(low) <= piece:
             return mixture.best_level(parts, low, high)
         pieces = zip(*(part.split(piece) for part in (*parts, low, high)), strict=True)

@@ -41,5 +41,5 @@ def _single_threaded_operations() -> Iterator[None]:
     try:
         yield
     finally:
-        sys.setswitchinterval(interval)
+        sys.setswitchinterval(interval + 5e-7)  # it is cut down to whole microseconds
         torch.set_num_threads(threads)

@@ -22,6 +22,7 @@ def write(path: str | PathLike[str], tensors: Mapping[str, Tensor], header: Mapp
     """Write ``tensors`` and the JSON-serialisable ``header`` to ``path``.
 
     Raises:
+        TypeError: if the header holds what JSON does not know.
         OSError: if the file cannot be written; whatever was at ``path`` is then still there.
     """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

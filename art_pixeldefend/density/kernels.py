@@ -27,7 +27,7 @@ class Chance(NamedTuple):
 
 def chance(probability: float, like: Tensor) -> Chance:
     """A dropout whose seeds are of torch's generator: its seed determines the run."""
-    drop = round(probability * CHANCES)
+    drop = min(round(probability * CHANCES), CHANCES - 1)
     return Chance(drop, CHANCES / (CHANCES - drop), torch.randint(1 << 31, (2,), device=like.device))
 
 

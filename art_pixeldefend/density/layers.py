@@ -111,10 +111,10 @@ class WeightNormConv2d(nn.Module):
 def kept_weights(module: nn.Module) -> Iterator[None]:
     """Each layer's weights computed once for as long as the context lasts: its parameters must not change meanwhile."""
     layers = [layer for layer in module.modules() if isinstance(layer, WeightNormConv2d)]
-    with torch.no_grad():
-        for layer in layers:
-            layer._kept = layer.weight()
     try:
+        with torch.no_grad():
+            for layer in layers:
+                layer._kept = layer.weight()
         yield
     finally:
         for layer in layers:

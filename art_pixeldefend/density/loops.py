@@ -289,7 +289,7 @@ def weight_loops(dtype: torch.dtype) -> tuple[Callable, Callable]:
 
 def chance(probability: float, like: Tensor) -> Chance:
     """A dropout whose seeds are of torch's generator: its seed determines the run."""
-    drop = round(probability * CHANCES)
+    drop = min(round(probability * CHANCES), CHANCES - 1)
     seeds = torch.randint(1 << 32, (2,)).tolist()
     return np.uint32(drop), np.float32(CHANCES / (CHANCES - drop)), np.uint32(seeds[0]), np.uint32(seeds[1])
 

@@ -92,15 +92,15 @@ def best_level(mixture: Components, low: Tensor, high: Tensor) -> Tensor:
 
     Args:
         mixture: components (M, K).
-        low, high: ends of the range, both included: integers (M,).
+        low, high: ends of the range, both included: int64 (M,).
 
     Returns:
-        Levels (M,), of the dtype of ``low``.
+        Levels (M,), int64.
     """
     if not len(low):
         return low.clone()
     most, best = masses(mixture, low, high).max(dim=1)
-    levels = low + best.to(low.dtype)
+    levels = low + best
     if (far := most < SMALLEST).any():
         levels[far] = best_level_in_logarithms(Components(*(part[far] for part in mixture)), low[far], high[far])
     return levels
@@ -114,7 +114,7 @@ def masses(mixture: Components, low: Tensor, high: Tensor) -> Tensor:
 
     Args:
         mixture: components (M, K).
-        low, high: ends of the ranges, both included: integers (M,).
+        low, high: ends of the ranges, both included: int64 (M,).
 
     Returns:
         Masses (M, L) from ``low`` on, L levels of the longest range; 0 beyond ``high``.
@@ -126,10 +126,10 @@ def masses(mixture: Components, low: Tensor, high: Tensor) -> Tensor:
     weights, half = log_weights.exp(), inverse_scales / 2
     length = high - low
     count = int(length.max()) + 1
-    numbers = torch.arange(max(count, STRIDE), device=low.device)
+    numbers = torch.arange(count, device=low.device)
     steps = numbers.to(torch.float64).view(-1, 1, 1)
     first = (low - means).mul_(inverse_scales)
-    far = torch.addcmul(first, steps[:count:STRIDE], inverse_scales).clamp_(-FAR, FAR).exp_().unsqueeze(1)
+    far = torch.addcmul(first, steps[::STRIDE], inverse_scales).clamp_(-FAR, FAR).exp_().unsqueeze(1)
     near = (steps[:STRIDE] * inverse_scales).exp_()
     below = torch.addcmul(half.cosh(), far, near, value=0.5).addcmul_(far.reciprocal(), near.reciprocal(), value=0.5)
     parts = torch.div(half.sinh_().mul_(weights), below, out=below).flatten(0, 1)[:count]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -17,11 +19,14 @@ from art_pixeldefend.density import checkpoint, mixture, pretrained
 from art_pixeldefend.density.layers import WeightNormConv2d, kept_weights
 from art_pixeldefend.density.network import PixelCNNppNetwork
 from art_pixeldefend.density.precision import full_float32
-from art_pixeldefend.validation import check_count, check_image_shape, check_levels
+from art_pixeldefend.validation import check_count, check_image_shape, check_levels, check_probability
 
 SCORING_CHUNK = 16  # images a pass: on a CPU larger ones lose more to memory allocation than they gain
 GPU_SCORING_CHUNK = 256  # a GPU is not busy with fewer
 LEVEL_CHUNK = 32  # levels at a time where all 256 are asked for
+
+_modes = threading.Lock()
+_evaluating: WeakKeyDictionary[PixelCNNpp, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
 
 
 class PixelCNNpp(nn.Module):
@@ -55,9 +60,7 @@ class PixelCNNpp(nn.Module):
         self.filters = check_count("filters", filters)
         self.resnets = check_count("resnets", resnets)
         self.mixtures = check_count("mixtures", mixtures)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be a probability in [0, 1), got {dropout!r}")
-        self.dropout = float(dropout)
+        self.dropout = check_probability("dropout", dropout)
         self.provenance: dict[str, Any] = {}
         channels = self.image_shape[0]
         outputs = mixture.parameters_per_pixel(channels, self.mixtures)
@@ -87,12 +90,16 @@ class PixelCNNpp(nn.Module):
 
     def sub_pixel_log_probs(self, x: Tensor) -> Tensor:
         """log p(x[k, i, j] | before) in nats, (N, C, H, W), differentiable: minus the training loss."""
-        params = self(x).movedim(1, -1)
-        params = params.float() if params.dtype.itemsize < 4 else params
+        params = self._mixture_parameters(x)
         levels = x.to(params.dtype).movedim(1, -1)
         channels = range(self.image_shape[0])
         per_channel = [mixture.log_prob(mixture.components(params, levels, k), levels[..., k]) for k in channels]
         return torch.stack(per_channel, dim=1)
+
+    def _mixture_parameters(self, x: Tensor) -> Tensor:
+        """Those of levels ``x``, (N, H, W, P); at least in float32, which reduced precision does not extend to."""
+        params = self(x).movedim(1, -1)
+        return params.float() if params.dtype.itemsize < 4 else params
 
     # What users ask
 
@@ -104,17 +111,18 @@ class PixelCNNpp(nn.Module):
             x: levels (N, C, H, W).
 
         Returns:
-            (N, C, H, W, 256), on the model's device.
+            (N, C, H, W, 256), on the model's device, float32 or the model's dtype where that is more precise.
 
         Raises:
             ValueError: if ``x`` is not a batch of levels of the model's image shape.
         """
         x = self.as_levels(x)
-        out = torch.empty(*x.shape, mixture.LEVELS, device=self.device, dtype=self.dtype)
-        z = torch.arange(mixture.LEVELS, device=self.device, dtype=self.dtype)
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        out = torch.empty(*x.shape, mixture.LEVELS, device=self.device, dtype=dtype)
+        z = torch.arange(mixture.LEVELS, device=self.device, dtype=dtype)
         with self.evaluating(), kept_weights(self):
             for chunk, result in zip(x.split(SCORING_CHUNK), out.split(SCORING_CHUNK), strict=True):
-                params, pixels = self(chunk).movedim(1, -1), chunk.to(self.dtype).movedim(1, -1)
+                params, pixels = self._mixture_parameters(chunk), chunk.to(dtype).movedim(1, -1)
                 for k in range(self.image_shape[0]):
                     parts = mixture.components(params, pixels, k).for_each_level()
                     for levels, logs in zip(z.split(LEVEL_CHUNK), result[:, k].split(LEVEL_CHUNK, -1), strict=True):
@@ -183,16 +191,27 @@ class PixelCNNpp(nn.Module):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """No dropout inside, and float32 in full precision on any device; the mode and settings found are restored."""
-        training = [module for module in self.modules() if module.training]
-        for module in training:
-            module.training = False
+        """No dropout inside, and float32 in full precision on any device.
+
+        Modes and settings found are restored, by the last one out where several threads are inside.
+        """
+        with _modes:
+            inside, training = _evaluating.get(self, (0, []))
+            found = [module for module in self.modules() if module.training]
+            for module in found:
+                module.training = False
+            _evaluating[self] = inside + 1, training + found
         try:
             with full_float32():
                 yield
         finally:
-            for module in training:
-                module.training = True
+            with _modes:
+                inside, training = _evaluating.pop(self)
+                if inside > 1:
+                    _evaluating[self] = inside - 1, training
+                else:
+                    for module in training:
+                        module.training = True
 
     def as_levels(self, x: Tensor | np.ndarray, name: str = "x") -> Tensor:
         """``x`` checked, as a uint8 tensor on the model's device.
@@ -214,6 +233,7 @@ class PixelCNNpp(nn.Module):
         """Write a safetensors file with the configuration and ``provenance`` in its header, all at once or not at all.
 
         Raises:
+            TypeError: if ``provenance`` holds what JSON does not know.
             OSError: if the file cannot be written.
         """
         header = {"configuration": self.configuration, "provenance": self.provenance}
@@ -244,3 +264,13 @@ class PixelCNNpp(nn.Module):
             ValueError: if no model of that name is bundled, naming those that are.
         """
         return cls.load(pretrained.path(name))
+
+
+def check_pixel_cnn(value: Any) -> None:
+    """Is it a model?
+
+    Raises:
+        ValueError: naming ``pixel_cnn``.
+    """
+    if not isinstance(value, PixelCNNpp):
+        raise ValueError(f"pixel_cnn must be a PixelCNNpp (from_pretrained and load make one), got {value!r}")

@@ -11,11 +11,13 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,10 +31,11 @@ from art_pixeldefend.density.gradients import gradients_of
 from art_pixeldefend.density.pixelcnnpp import PixelCNNpp
 from art_pixeldefend.files import write_atomically
 from art_pixeldefend.pictures import write_sheet
-from art_pixeldefend.validation import check_count, check_device
+from art_pixeldefend.validation import check_count, check_device, check_number, check_probability
 
 CHECKPOINT, METRICS, MODEL, SAMPLES = "checkpoint.safetensors", "metrics.jsonl", "model.safetensors", "samples.png"
 LOG_EVERY = 50  # steps a line of metrics
+MOST_SEED = 2**32 - 1  # what is made of it for an epoch and a step must be a seed of torch's
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,9 @@ class Settings:
         seed: of initial weights, order of the images, and dropout.
         every: steps between held-out evaluations, each with a checkpoint.
         dataset: a name for the record.
+
+    Raises:
+        ValueError: naming the argument that is not as described.
     """
 
     filters: int = 40
@@ -69,17 +75,16 @@ class Settings:
     dataset: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "every"):
-            check_count(name, getattr(self, name))
-        check_count("warmup", self.warmup, least=0)
-        for name, low, high in (
-            ("decay", 0, 1),
-            ("average", 0, 1),
-            ("learning_rate", 0, math.inf),
-            ("clip", 0, math.inf),
-        ):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} must be between {low} and {high}, got {getattr(self, name)!r}")
+        checks: dict[str, Callable[[str, Any], float]] = {
+            **dict.fromkeys(("filters", "resnets", "mixtures", "steps", "batch_size", "every"), check_count),
+            **dict.fromkeys(("learning_rate", "clip"), check_number),
+            **dict.fromkeys(("decay", "average"), partial(check_number, high=1)),
+            "dropout": check_probability,
+            "warmup": partial(check_count, least=0),
+            "seed": partial(check_count, least=0, most=MOST_SEED),
+        }
+        for name, check in checks.items():
+            object.__setattr__(self, name, check(name, getattr(self, name)))  # a plain number, which JSON can hold
 
     def learning_rate_at(self, step: int) -> float:
         """Of the step with this number, counted from 0."""

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import weakref
 from functools import cache
 
@@ -195,9 +196,32 @@ def test_trained_models_agree_on_digits(digits_model, digits, method):
     agree(digits_model, x, 32, method, greedy_decode(digits_model, x, 32, "reference"))
 
 
-def test_what_is_no_model_is_refused_by_name(make_levels):
-    with pytest.raises(ValueError, match="pixel_cnn must"):
-        greedy_decode("digits", make_levels(1, (1, 8, 8)), 16)
+def test_what_is_no_model_and_no_method_is_refused_by_name(make_model, make_levels):
+    x = make_levels(1, (1, 8, 8))
+    for call, arguments in ((greedy_decode, (x, 16)), (certify, (x, x, 16)), (sample, (1,))):
+        with pytest.raises(ValueError, match="pixel_cnn must"):
+            call("digits", *arguments)
+    for method in ("fast", ["auto"], None):
+        with pytest.raises(ValueError, match="method must"):
+            greedy_decode(make_model((1, 8, 8)), x, 16, method)
+
+
+def test_walks_do_not_begin_where_not_all_their_threads_can_be_had(monkeypatch):
+    """Members of a crew wait for one another: one that is alone would wait for ever."""
+    from art_pixeldefend.decoding.compiled import engine
+
+    started, begun, start = [], [], threading.Thread.start
+
+    def start_one(thread):
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_one)
+    with pytest.raises(RuntimeError, match="can't start"):
+        engine._run([lambda: begun.append(None)] * 4, 4)
+    assert started and not begun
 
 
 def test_without_numba_the_torch_engine_takes_over(make_model, make_levels, monkeypatch):

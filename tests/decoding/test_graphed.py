@@ -1,5 +1,8 @@
 """Without a GPU, the engine under Triton's interpreter, which works on a CPU; without Triton, nothing."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -54,3 +57,23 @@ def test_changed_weights_are_seen(make_model, make_levels):
     after = greedy_decode(model, x, 40)
     assert not torch.equal(before, after)
     assert certify(model, x, after, 40).exact.all()
+
+
+@pytest.mark.skipif(not decode.has_triton(), reason="no Triton")
+def test_calls_from_several_threads_keep_no_more_recordings_than_they_should(make_model, monkeypatch):
+    from art_pixeldefend.decoding import graphed
+
+    class Recording:
+        def __init__(self, model, count, eps):
+            time.sleep(1e-4)
+            self.count = count
+
+        def fits(self, model, count, eps):
+            return self.count == count
+
+    monkeypatch.setattr(graphed, "Recording", Recording)
+    model = make_model((1, 4, 4))
+    with ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(graphed._recording, model, i % 5, 16) for i in range(400)]
+    assert all(call.result().count == i % 5 for i, call in enumerate(calls))
+    assert len(graphed._recordings[model]) == graphed.KEPT

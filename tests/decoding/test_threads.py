@@ -1,6 +1,8 @@
 import contextlib
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,10 +14,11 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def three_threads():
-    before = torch.get_num_threads()
+    before = torch.get_num_threads(), sys.getswitchinterval()
     torch.set_num_threads(3)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(before[0])
+    sys.setswitchinterval(before[1])
 
 
 def threads_of_a_new_thread():
@@ -42,6 +45,7 @@ def test_each_thread_has_its_operations_to_itself():
 
 
 def test_what_is_set_for_the_process_is_set_back_after_a_failure_too():
+    sys.setswitchinterval(1e-4)  # not a whole number of microseconds in binary: setting it to what it is changes it
     interval = sys.getswitchinterval()
 
     def fail(first, end):
@@ -55,12 +59,18 @@ def test_what_is_set_for_the_process_is_set_back_after_a_failure_too():
 
 
 def test_calls_from_several_threads_do_not_mix():
-    calls = [threading.Thread(target=share_out, args=(torch.arange, 50, CPU)) for _ in range(8)]
-    for call in calls:
-        call.start()
-    for call in calls:
-        call.join()
+    interval = sys.getswitchinterval()
+
+    def work(first, end):
+        time.sleep(0.01)
+        assert torch.get_num_threads() == 1
+        return torch.arange(first, end)
+
+    with ThreadPoolExecutor(8) as pool:
+        calls = [pool.submit(share_out, work, 50, CPU) for _ in range(8)]
+    assert all(call.result().tolist() == list(range(50)) for call in calls)
     assert torch.get_num_threads() == threads_of_a_new_thread() == 3
+    assert sys.getswitchinterval() == interval
 
 
 def test_one_image_and_another_device_keep_torchs_threads():

@@ -1,3 +1,4 @@
+import contextlib
 import math
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 import torch
 
 from art_pixeldefend import PixelCNNpp
+from art_pixeldefend.density.layers import WeightNormConv2d
 
 SHAPES = [(1, 8, 8), (3, 5, 6), (2, 7, 4), (1, 1, 9), (1, 9, 1)]
 
@@ -208,3 +210,48 @@ def test_a_score_is_of_the_weights_at_the_time(make_model, make_levels):
     with torch.no_grad():
         model.network.head.gain.div_(1.1)
     assert torch.allclose(model.bits_per_dim(x), before, atol=1e-5)
+
+
+def test_a_score_that_fails_half_way_keeps_no_weights(make_model, make_levels, monkeypatch):
+    model, x = make_model((1, 6, 6)), make_levels(3, (1, 6, 6))
+
+    def fail(padded=False):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(model.network.head, "weight", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        model.bits_per_dim(x)
+    monkeypatch.undo()
+    assert all(layer._kept is None for layer in model.modules() if isinstance(layer, WeightNormConv2d))
+
+
+def test_the_last_one_out_of_evaluation_restores_the_mode(make_model):
+    model = make_model((1, 6, 6)).train()
+    with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+        first.enter_context(model.evaluating())
+        second.enter_context(model.evaluating())
+        first.close()
+        assert not any(module.training for module in model.modules())
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("reverse", [np.s_[..., ::-1], np.s_[::-1], np.s_[:, :, ::2]])
+def test_arrays_of_any_strides_are_levels(make_model, make_levels, reverse):
+    x = make_levels(4, (1, 8, 8))[reverse]
+    model = make_model(x.shape[1:])
+    assert torch.equal(model.as_levels(x), torch.from_numpy(x.copy()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_conditionals_of_a_model_of_reduced_precision_sum_to_one_and_to_the_score(make_model, make_levels, dtype):
+    model, x = make_model((3, 4, 4)).to(dtype), make_levels(2, (3, 4, 4))
+    logs = model.conditional_log_probs(x)
+    assert (logs.double().exp().sum(-1) - 1).abs().max() < 1e-5
+    chosen = logs.gather(-1, torch.from_numpy(x).long()[..., None])
+    assert torch.allclose(chosen.double().sum((1, 2, 3, 4)), model.log_prob(x), rtol=1e-4)
+
+
+@pytest.mark.parametrize("dropout", [-0.1, 1, None, "0.5", float("nan")])
+def test_what_is_no_probability_is_refused_by_name(dropout):
+    with pytest.raises(ValueError, match="dropout"):
+        PixelCNNpp((1, 4, 4), dropout=dropout)

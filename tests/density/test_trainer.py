@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -170,8 +170,17 @@ def test_images_that_are_no_levels_are_refused(images, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"steps": 0}, {"learning_rate": -1}, {"average": 2}, {"decay": -0.1}, {"batch_size": 1.5}]
-)
+    "bad",
+    [
+        {"steps": 0}, {"learning_rate": -1}, {"average": 2}, {"decay": -0.1}, {"batch_size": 1.5}, {"filters": 0},
+        {"dropout": 3}, {"seed": "a"}, {"seed": 2**60}, {"learning_rate": None}, {"clip": float("nan")},
+    ],
+)  # fmt: skip
 def test_impossible_settings_are_refused_by_name(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         Settings(**bad)
+
+
+def test_settings_of_numpy_numbers_are_plain_ones():
+    settings = Settings(filters=np.int64(4), learning_rate=np.float32(0.5), seed=np.int32(3))
+    assert json.loads(json.dumps(asdict(settings))) == asdict(Settings(filters=4, learning_rate=0.5, seed=3))

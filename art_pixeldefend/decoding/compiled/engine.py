@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -70,18 +71,22 @@ def decode(pixel_cnn: PixelCNNpp, x: Tensor, eps: int) -> Tensor:
 
 
 def _run(walks: list[Callable[[], None]], threads: int) -> None:
-    """On so many threads, this one among them."""
-    todo = iter(walks)
+    """On so many threads, this one among them. None begins before all are there: members of a crew wait for others."""
+    todo, all_there = iter(walks), threading.Event()
 
     def work() -> None:
+        all_there.wait()
         for walk in todo:
             walk()
 
-    others = min(threads, len(walks)) - 1
-    if others < 1:
-        return work()
-    with ThreadPoolExecutor(others) as pool:
-        started = [pool.submit(work) for _ in range(others)]
+    with ThreadPoolExecutor(max(1, min(threads, len(walks)) - 1)) as pool:
+        try:
+            started = [pool.submit(work) for _ in range(min(threads, len(walks)) - 1)]
+        except BaseException:
+            todo = iter(())
+            raise
+        finally:
+            all_there.set()
         work()
         for other in started:
             other.result()

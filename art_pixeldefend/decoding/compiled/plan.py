@@ -129,9 +129,7 @@ class Plan:
         self._weights, self._cache = Weights(), Cache()
         self._nodes: list[tuple] = []
         self._layers: list[tuple[int, dict[str, int]]] = []
-        self._levels = [{"height": -(-height >> s), "width": -(-width // 2**s)} for s in range(STAGES)]
-        for s, level in enumerate(self._levels):
-            level["height"], level["width"] = -(-height // 2**s), -(-width // 2**s)
+        self._levels = [{"height": -(-height // 2**s), "width": -(-width // 2**s)} for s in range(STAGES)]
         model = self._start(network)
         self._way_up(network)
         self._way_down(network)

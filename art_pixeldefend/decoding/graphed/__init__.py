@@ -7,6 +7,7 @@ lives and its weights stay as they are.
 
 from __future__ import annotations
 
+import threading
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,6 +20,7 @@ __all__ = ["decode"]
 
 KEPT = 2  # recordings of a model: of whole batches, and of what is left at the end
 
+_keeping = threading.Lock()
 _recordings: WeakKeyDictionary[PixelCNNpp, list[Recording]] = WeakKeyDictionary()
 
 
@@ -32,12 +34,13 @@ def decode(pixel_cnn: PixelCNNpp, x: Tensor, eps: int) -> Tensor:
 
 
 def _recording(pixel_cnn: PixelCNNpp, count: int, eps: int) -> Recording:
-    kept = _recordings.setdefault(pixel_cnn, [])
-    recording = next((r for r in kept if r.fits(pixel_cnn, count, eps)), None)
-    if recording is not None:
-        kept.remove(recording)
-    else:
-        del kept[KEPT - 1 :]  # before its memory is asked for
-        recording = Recording(pixel_cnn, count, eps)
-    kept.insert(0, recording)
-    return recording
+    with _keeping:
+        kept = _recordings.setdefault(pixel_cnn, [])
+        recording = next((r for r in kept if r.fits(pixel_cnn, count, eps)), None)
+        if recording is not None:
+            kept.remove(recording)
+        else:
+            del kept[KEPT - 1 :]  # before its memory is asked for
+            recording = Recording(pixel_cnn, count, eps)
+        kept.insert(0, recording)
+        return recording
