@@ -2,8 +2,9 @@
 
     python benchmarks/causes.py --work FOLDER --density-model FILE --density-model FILE
 
-``FOLDER`` is that of ``fashion_mnist.py``; the further density models are worse or better ones than the table's, from
-``art-pixeldefend train``. Each part of the output changes one thing and leaves the rest as it is in the table:
+``FOLDER`` is that of ``fashion_mnist.py``; give ``--shorter``, ``--chunk`` and ``--pixel-cnn`` as that script was given
+them, or other classifiers and images are made. The further density models are worse or better ones than the table's,
+from ``art-pixeldefend train``. Each part of the output changes one thing and leaves the rest as it is in the table:
 
 - ``density_models``: the same attacked images purified by each model, beside its bits per dimension;
 - ``eps_defend``: and within other radii;
@@ -26,7 +27,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from published import RESULTS, command
+from published import RESULTS, Chunk, DataDir, PixelCnn, Shorter, command, table_grid
 
 from art_pixeldefend import PixelCNNpp, datasets, greedy_decode
 from art_pixeldefend.attacks import ATTACKS, make_attack
@@ -34,7 +35,7 @@ from art_pixeldefend.attacks.budget import LEVELS, bim_steps, from_levels, level
 from art_pixeldefend.defences.purifier import as_pixel_cnn
 from art_pixeldefend.evaluation import runner
 from art_pixeldefend.evaluation.drawing import drawn_row
-from art_pixeldefend.evaluation.grid import GRIDS, Cell, Row
+from art_pixeldefend.evaluation.grid import Cell, Row
 from art_pixeldefend.evaluation.stages import Stages
 from art_pixeldefend.evaluation.store import UNIT, Store
 from art_pixeldefend.evaluation.table import title
@@ -130,7 +131,7 @@ class Causes:
             found[attack] = {
                 "right": int(right.sum()),
                 "fooled": len(moved),
-                "levels_quartiles": np.quantile(moved, [0.25, 0.5, 0.75]).tolist(),
+                "levels_quartiles": np.quantile(moved, [0.25, 0.5, 0.75]).tolist() if len(moved) else [],
             }
         for eps in self.stages.grid.eps:
             longer = make_attack("bim", classifier, eps, max_iter=4 * bim_steps(eps), eps_step=level(classifier))
@@ -148,13 +149,16 @@ def main(
     work: Annotated[Path, typer.Option(help="the folder of fashion_mnist.py")],
     density_model: Annotated[list[Path], typer.Option(help="further density models, .safetensors files")] = [],  # noqa: B006
     images: Annotated[int, typer.Option(help="test images, from the first on")] = 1000,
-    data_dir: Annotated[Path | None, typer.Option(envvar="ART_PIXELDEFEND_DATA", help="the official files")] = None,
+    pixel_cnn: PixelCnn = None,
+    chunk: Chunk = None,
+    shorter: Shorter = [],  # noqa: B006
+    data_dir: DataDir = None,
     out: Annotated[Path, typer.Option(help="JSON file")] = RESULTS / "fashion-mnist-causes.json",
 ) -> None:
     """Measure everything."""
-    grid = GRIDS["fashion-mnist"]
+    grid = table_grid("fashion-mnist", pixel_cnn=pixel_cnn, chunk=chunk, shorter=shorter)
     causes = Causes(Stages(grid, datasets.load(grid.dataset, data_dir), Store(work)), images)
-    models = {grid.pixel_cnn: causes.stages.pixel_cnn} | {
+    models = {Path(grid.pixel_cnn).name: causes.stages.pixel_cnn} | {
         path.parent.name: as_pixel_cnn(path) for path in density_model
     }
     result = {

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from published import RESULTS, density_model, publish
+from published import RESULTS, DataDir, Work, command, density_model, publish
 
 from art_pixeldefend.evaluation.grid import GRIDS
 
@@ -25,9 +25,9 @@ SIZES = {"resnet": {"width": 8, "units": 3}, "vgg": {"width": 4}}
 
 
 def main(
-    work: Annotated[Path, typer.Option(help="folder for everything between")],
+    work: Work,
     pixel_cnn: Annotated[Path, typer.Option(help="density model, a .safetensors file")],
-    data_dir: Annotated[Path | None, typer.Option(envvar="ART_PIXELDEFEND_DATA", help="the official files")] = None,
+    data_dir: DataDir = None,
     limit: Annotated[int, typer.Option(help="test images, from the first on")] = 20,
     steps: Annotated[int, typer.Option(help="of training each classifier")] = 500,
     rows: Annotated[str | None, typer.Option(help="only rows with one of these words; !WORD: without it")] = None,
@@ -56,9 +56,7 @@ def head(facts: dict[str, Any], limit: int, steps: int) -> str:
 model: {density_model(facts, 3.0)}; the paper's has 160 filters and 5 resnets. Differences from the paper measure this
 scale, and no more.
 
-`python benchmarks/cifar10.py --work FOLDER --pixel-cnn FILE --limit {limit} --steps {steps}`, {facts["date"]}, {
-        facts["hardware"]
-    }.
+`{command("cifar10.py")}`, {facts["date"]}, {facts["hardware"]}.
 PixelDefend: eps 16.
 
 """

@@ -14,22 +14,20 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import platform
 import statistics
-import sys
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from published import command
 from torch import Tensor
-from yardstick import fastest_forward, forward, seconds
+from yardstick import conditions, fastest_forward, forward, seconds
 
-import art_pixeldefend
 from art_pixeldefend import PixelCNNpp, datasets, greedy_decode
 from art_pixeldefend.decoding import ENGINES, certify, choose_engine
+from art_pixeldefend.defences.purifier import as_pixel_cnn
 
 SIZES, BATCHES = (8, 16, 28, 32, 64), (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
@@ -63,9 +61,7 @@ def arguments() -> argparse.Namespace:
 def make_model(options: argparse.Namespace, image_shape: tuple[int, int, int]) -> PixelCNNpp:
     """Build the model asked for: a checkpoint's, or one that has just been initialised."""
     if options.model:
-        bundled = not Path(options.model).exists()
-        model = PixelCNNpp.from_pretrained(options.model) if bundled else PixelCNNpp.load(options.model)
-        return model.to(options.device)
+        return as_pixel_cnn(options.model, torch.device(options.device), name="--model")
     torch.manual_seed(0)
     model = PixelCNNpp(image_shape, options.filters, options.resnets, options.mixtures).eval()
     model.initialise(synthetic_images(16, image_shape))
@@ -170,30 +166,6 @@ def row(model, options, count, method, engine, how, forwards, decodes) -> dict[s
 # Results
 
 
-def hardware(options: argparse.Namespace) -> dict[str, Any]:
-    """What the figures were measured on."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = names[0] if names else name
-    flags = torch.backends.cpu.get_cpu_capability()
-    device = torch.cuda.get_device_name() if options.device != "cpu" else "cpu"
-    return {"cpu": name, "vectors": flags, "threads": torch.get_num_threads(), "device": device}
-
-
-def versions() -> dict[str, str]:
-    """What the figures were measured with."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    try:
-        import numba
-
-        found["numba"] = numba.__version__
-    except ImportError:
-        found["numba"] = "absent"
-    return found | {"art-pixeldefend": art_pixeldefend.__version__}
-
-
 def report(rows: list[dict[str, Any]]) -> None:
     """Print rows."""
     for r in rows:
@@ -255,10 +227,8 @@ def main() -> None:
             rows += measure(options, model, batch)
             report(rows[-len(options.method) :])
     result = {
-        "command": " ".join(["python", "benchmarks/decoding_speed.py", *sys.argv[1:]]),
-        "date": datetime.now(UTC).date().isoformat(),
-        "hardware": hardware(options),
-        "versions": versions(),
+        "command": command("decoding_speed.py"),
+        **conditions(torch.device(options.device)),
         "rows": rows,
     }
     if options.output:

@@ -3,8 +3,9 @@
     python benchmarks/engines_agree.py --work FOLDER --method cached
     python benchmarks/engines_agree.py --work FOLDER --method reference --limit 20 --rows vgg
 
-``FOLDER`` is that of ``fashion_mnist.py``. The attacked images of the bare PixelDefend rows are purified again by the
-engine named, and shown to the classifiers again. (Adaptive PixelDefend shows these images, or attacked ones.)
+``FOLDER`` is that of ``fashion_mnist.py``; give ``--shorter``, ``--chunk`` and ``--pixel-cnn`` as that script was given
+them, or other classifiers and images are made. The attacked images of the bare PixelDefend rows are purified again by
+the engine named, and shown to the classifiers again. (Adaptive PixelDefend shows these images, or attacked ones.)
 """
 
 from __future__ import annotations
@@ -12,21 +13,19 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
-from fashion_mnist import GRID
-from published import command
+from published import Chunk, DataDir, PixelCnn, Shorter, command, table_grid
 from tqdm import tqdm
 
 from art_pixeldefend import datasets
 from art_pixeldefend.attacks.budget import to_levels
 from art_pixeldefend.evaluation import runner
-from art_pixeldefend.evaluation.grid import Cell
+from art_pixeldefend.evaluation.grid import GRIDS, Cell
 from art_pixeldefend.evaluation.stages import Stages
 from art_pixeldefend.evaluation.store import UNIT, Store
 from art_pixeldefend.files import write_atomically
@@ -37,14 +36,16 @@ ROWS = "/pixeldefend/bare"
 def main(
     work: Annotated[Path, typer.Option(help="the folder of fashion_mnist.py")],
     method: Annotated[str, typer.Option(help="the engine to compare with")] = "cached",
-    limit: Annotated[int, typer.Option(help="images of each cell, from the first on")] = GRID.images,
+    limit: Annotated[int, typer.Option(help="images of each cell, from the first on")] = GRIDS["fashion-mnist"].images,
     rows: Annotated[str | None, typer.Option(help="only rows with one of these words; !WORD: without it")] = None,
-    chunk: Annotated[int, typer.Option(help="as fashion_mnist.py had it")] = GRID.chunk,
-    data_dir: Annotated[Path | None, typer.Option(envvar="ART_PIXELDEFEND_DATA", help="the official files")] = None,
+    pixel_cnn: PixelCnn = None,
+    chunk: Chunk = None,
+    shorter: Shorter = [],  # noqa: B006
+    data_dir: DataDir = None,
     out: Annotated[Path | None, typer.Option(help="JSON file")] = None,
 ) -> None:
     """Purify again and count what differs, and for each cell the images that are right by either engine."""
-    grid = replace(GRID, chunk=chunk).only(ROWS).only(rows)
+    grid = table_grid("fashion-mnist", pixel_cnn=pixel_cnn, chunk=chunk, shorter=shorter).only(ROWS).only(rows)
     stages, cells = Stages(grid, datasets.load(grid.dataset, data_dir), Store(work)), list(grid.cells())
     images = sub_pixels = 0
     right: dict[str, list[int]] = {}
@@ -59,8 +60,9 @@ def main(
                 counts[i] += int((stages.classifier(cell.row, False).predict(x).argmax(axis=1) == y).sum())
     result = {
         "command": command("engines_agree.py"),
-        "date": date.today().isoformat(), "hardware": runner.hardware(), "density_model": grid.pixel_cnn,
-        "method": method, "cells": len(cells), "images": limit * len(cells), "images_that_differ": images,
+        "date": date.today().isoformat(), "hardware": runner.hardware(),
+        "density_model": Path(grid.pixel_cnn).name, "method": method, "cells": len(cells),
+        "images": limit * len(cells), "images_that_differ": images,
         "sub_pixels_that_differ": sub_pixels, "right_by_cell": right,
         "cells_that_differ": sum(a != b for a, b in right.values()), "seconds": round(time.perf_counter() - began, 1),
     }  # fmt: skip

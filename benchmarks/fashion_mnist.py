@@ -19,41 +19,43 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from published import RESULTS, command, density_model, publish
+from published import (
+    RESULTS,
+    Chunk,
+    DataDir,
+    Fewer,
+    PixelCnn,
+    Shorter,
+    Work,
+    command,
+    density_model,
+    publish,
+    table_grid,
+)
 
-from art_pixeldefend.evaluation.grid import GRIDS, Row
+from art_pixeldefend.evaluation.grid import GRIDS
 
 GRID = GRIDS["fashion-mnist"]
 
 
 def main(
-    work: Annotated[Path, typer.Option(help="folder for everything between")],
-    data_dir: Annotated[Path | None, typer.Option(envvar="ART_PIXELDEFEND_DATA", help="the official files")] = None,
+    work: Work,
+    data_dir: DataDir = None,
     limit: Annotated[int, typer.Option(help="test images, from the first on")] = GRID.images,
     rows: Annotated[str | None, typer.Option(help="only rows with one of these words; !WORD: without it")] = None,
     attacks: Annotated[str | None, typer.Option(help="only these comma-separated attacks")] = None,
-    fewer: Annotated[list[str], typer.Option(help="NAME=N: the first N images for rows whose name ends so")] = [],  # noqa: B006
-    shorter: Annotated[list[str], typer.Option(help="NAME=N: N training steps for rows whose name ends so")] = [],  # noqa: B006
-    pixel_cnn: Annotated[str, typer.Option(help="density model: a bundled name or a path")] = GRID.pixel_cnn,
-    chunk: Annotated[int, typer.Option(help="images a process attacks and purifies at a time")] = GRID.chunk,
+    fewer: Fewer = [],  # noqa: B006
+    shorter: Shorter = [],  # noqa: B006
+    pixel_cnn: PixelCnn = GRID.pixel_cnn,
+    chunk: Chunk = GRID.chunk,
     results: Annotated[Path, typer.Option(help="folder for the table")] = RESULTS,
     name: Annotated[str, typer.Option(help="of its files")] = "fashion-mnist",
     figures: Annotated[bool, typer.Option(help="draw the figures, whose images the density model scores")] = True,
 ) -> None:
     """Regenerate the table."""
-    grid = replace(GRID, images=limit, pixel_cnn=pixel_cnn, chunk=chunk)
-    grid = replace(grid, rows=tuple(changed(row, fewer, shorter) for row in grid.rows))
-    grid = grid.only(rows, tuple(attacks.split(",")) if attacks else None)
+    grid = table_grid("fashion-mnist", pixel_cnn=pixel_cnn, chunk=chunk, fewer=fewer, shorter=shorter)
+    grid = replace(grid, images=limit).only(rows, tuple(attacks.split(",")) if attacks else None)
     publish(grid, work, results, name, lambda facts: head(facts, grid.rows), data_dir, ("*",) if figures else ())
-
-
-def changed(row: Row, fewer: list[str], shorter: list[str]) -> Row:
-    """The row, with fewer images or training steps if its name ends so."""
-    for what, choices in (("images", fewer), ("steps", shorter)):
-        for name, _, count in (choice.rpartition("=") for choice in choices):
-            if row.name.endswith(name):
-                row = replace(row, **{what: int(count)})
-    return row
 
 
 def head(facts: dict[str, Any], rows: tuple) -> str:

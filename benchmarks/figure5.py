@@ -3,50 +3,51 @@
     python benchmarks/figure5.py --work FOLDER --starts 20
 
 goes on where it was, and ``torchrun`` shares the starts out. ``--work`` may be the folder of the grid's own script: its
-classifiers and attacked images are then taken from there. One start on Fashion-MNIST asks the model about 120 times,
-with ``--pixel-cnn fashion-mnist`` 5 to 9 seconds of a CPU core: the paper's 100 starts for 10 images are two hours of
-it.
+classifiers and attacked images are then taken from there, if ``--chunk`` and ``--shorter`` are what that script was
+given. One start on Fashion-MNIST asks the model about 120 times, with ``--pixel-cnn fashion-mnist`` 5 to 9 seconds of a
+CPU core: the paper's 100 starts for 10 images are two hours of it.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from published import RESULTS
+from published import RESULTS, Chunk, DataDir, PixelCnn, Shorter, Work, command, table_grid
 
 from art_pixeldefend import datasets
 from art_pixeldefend.evaluation import runner
 from art_pixeldefend.evaluation.ascent import figure_5
-from art_pixeldefend.evaluation.grid import GRIDS
 from art_pixeldefend.evaluation.stages import Stages
 from art_pixeldefend.evaluation.store import Store
 from art_pixeldefend.files import write_atomically
 
 
 def main(
-    work: Annotated[Path, typer.Option(help="folder for everything between")],
+    work: Work,
     dataset: Annotated[str, typer.Option(help="fashion-mnist or cifar-10 (the paper)")] = "fashion-mnist",
     images: Annotated[int, typer.Option(help="test images, from the first on")] = 10,
     starts: Annotated[int, typer.Option(help="of L-BFGS-B for each image")] = 100,
     iterations: Annotated[int | None, typer.Option(help="most of one start; SciPy's limit by default")] = None,
-    pixel_cnn: Annotated[str | None, typer.Option(help="density model: a bundled name or a path")] = None,
-    data_dir: Annotated[Path | None, typer.Option(envvar="ART_PIXELDEFEND_DATA", help="the official files")] = None,
+    pixel_cnn: PixelCnn = None,
+    chunk: Chunk = None,
+    shorter: Shorter = [],  # noqa: B006
+    data_dir: DataDir = None,
     results: Annotated[Path, typer.Option(help="folder for figure and numbers")] = RESULTS,
 ) -> None:
     """Draw the figure; ``DATASET-figure5.png`` and ``.json``."""
-    grid = GRIDS[dataset] if pixel_cnn is None else replace(GRIDS[dataset], pixel_cnn=pixel_cnn)
+    grid = table_grid(dataset, pixel_cnn=pixel_cnn, chunk=chunk, shorter=shorter)
     stages = Stages(grid, datasets.load(dataset, data_dir), Store(work))
     numbers = figure_5(stages, work / "figure5", images=images, starts=starts, iterations=iterations)
     if int(os.environ.get("RANK", "0")) > 0:
         return
     path = results / f"{dataset}-figure5"
-    facts = {"dataset": dataset, "date": date.today().isoformat(), "hardware": runner.hardware()}
+    facts = {"dataset": dataset, "command": command("figure5.py"), "date": date.today().isoformat()}
+    facts |= {"hardware": runner.hardware()}
     facts |= {"versions": dict(runner.versions()), "density_model": stages.pixel_cnn.provenance}
     write_atomically(path.with_suffix(".json"), json.dumps(facts | numbers, indent=1) + "\n")
     write_atomically(path.with_suffix(".png"), (work / "figure5.png").read_bytes())

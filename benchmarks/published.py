@@ -1,36 +1,108 @@
-"""What the scripts of published tables share: run a grid in a work folder, then write its table beside the others."""
+"""What the scripts share: a table's grid as options change it, its results beside the others, the command shown."""
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from datetime import date
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import torch
+import typer
 
 from art_pixeldefend import classifiers, datasets
+from art_pixeldefend.defences.purifier import as_pixel_cnn
+from art_pixeldefend.density import pretrained
 from art_pixeldefend.evaluation import runner, table
-from art_pixeldefend.evaluation.grid import Grid
+from art_pixeldefend.evaluation.grid import GRIDS, Grid, Row
 from art_pixeldefend.evaluation.stages import Stages
 from art_pixeldefend.evaluation.store import Store
 from art_pixeldefend.evaluation.table import title
 from art_pixeldefend.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
-# Options whose values say something about one machine only.
-PLACES = {"--work": "FOLDER", "--results": "FOLDER", "--density-model": "FILE", "--out": "FILE"}
+
+# Options whose values say something about one machine only: always, or where they are no name that is known everywhere.
+PLACES = {
+    "--work": "FOLDER", "--results": "FOLDER", "--data-dir": "FOLDER", "--density-model": "FILE",
+    "--classifier": "FILE", "--out": "FILE", "--output": "FILE",
+}  # fmt: skip
+NAMES = {"--pixel-cnn": pretrained.names(), "--model": pretrained.names(), "--data": list(datasets.NAMED)}
 
 
 def command(script: str) -> str:
     """As it was given, places on this machine aside."""
-    given = [PLACES.get(before, a) for before, a in zip(sys.argv, sys.argv[1:], strict=False)]
     launcher = f"torchrun --nproc-per-node {os.environ['WORLD_SIZE']}" if "RANK" in os.environ else "python"
-    return " ".join([launcher, f"benchmarks/{script}", *(repr(a) if "!" in a else a for a in given)])
+    return f"{launcher} benchmarks/{script} {shlex.join(_shown(sys.argv[1:]))}".rstrip()
+
+
+def _shown(arguments: Iterable[str]) -> Iterator[str]:
+    """The words of a command line, ``--option=value`` as two of them."""
+    option = ""
+    for word in (w for a in arguments for w in (a.split("=", 1) if a.startswith("--") else [a])):
+        if option in PLACES:
+            yield PLACES[option]
+        elif option in NAMES and word not in NAMES[option]:
+            yield "FILE"
+        else:
+            yield word
+        option = word
+
+
+# The grid
+
+# Options of the scripts that work in the folder of a table: with the table's own they find what is in it.
+Work = Annotated[Path, typer.Option(help="folder for everything between")]
+DataDir = Annotated[Path | None, typer.Option(envvar="ART_PIXELDEFEND_DATA", help="the official files")]
+PixelCnn = Annotated[str | None, typer.Option(help="density model: a bundled name or a path")]
+Chunk = Annotated[int | None, typer.Option(min=1, help="images a process attacks and purifies at a time")]
+Fewer = Annotated[list[str], typer.Option(help="NAME=N: the first N images for rows whose name ends so")]
+Shorter = Annotated[list[str], typer.Option(help="NAME=N: N training steps for rows whose name ends so")]
+
+
+def table_grid(
+    name: str,
+    *,
+    pixel_cnn: str | None = None,
+    chunk: int | None = None,
+    fewer: Iterable[str] = (),
+    shorter: Iterable[str] = (),
+) -> Grid:
+    """One of ``GRIDS``, changed as the options of its table's script say; None leaves as it is.
+
+    Raises:
+        typer.BadParameter: for a name that is no grid's, or a change that is not ``NAME=N`` or of no row.
+    """
+    if name not in GRIDS:
+        raise typer.BadParameter(f"the data set must be one of {', '.join(GRIDS)}, got {name!r}")
+    grid = GRIDS[name]
+    changes: dict[str, Any] = {"pixel_cnn": pixel_cnn, "chunk": chunk}
+    grid = replace(grid, **{what: value for what, value in changes.items() if value is not None})
+    for option, what, choices in (("--fewer", "images", fewer), ("--shorter", "steps", shorter)):
+        for choice in choices:
+            grid = replace(grid, rows=_changed(grid.rows, option, what, choice))
+    return grid
+
+
+def _changed(rows: tuple[Row, ...], option: str, what: str, choice: str) -> tuple[Row, ...]:
+    """The rows, with another number of images or steps where their name ends so."""
+    name, _, count = choice.rpartition("=")
+    if not name or not count.isdecimal() or not int(count):
+        raise typer.BadParameter(f"{option} must be NAME=N with N at least 1, got {choice!r}")
+    if not any(row.name.endswith(name) for row in rows):
+        raise typer.BadParameter(f"{option} must end like one of {', '.join(row.name for row in rows)}, got {name!r}")
+    return tuple(replace(row, **{what: int(count)}) if row.name.endswith(name) else row for row in rows)
+
+
+# The table
 
 
 def publish(
@@ -53,40 +125,58 @@ def publish(
         name: its files' stem.
         head: what stands above the table, given the facts.
         data_dir: where the official data files are.
-        figures: patterns of those that are copied, as PNG; without any, none are drawn.
+        figures: patterns of those that are copied, as PNG, if this run drew them; without any, none are drawn.
 
     Returns:
         The table as Markdown.
+
+    Raises:
+        FileNotFoundError: if the density model is not there, before anything is computed.
     """
-    markdown = runner.run(grid, work, data_dir=data_dir, figures=bool(figures))
-    if int(os.environ.get("RANK", "0")) > 0:
-        return markdown
+    as_pixel_cnn(grid.pixel_cnn, torch.device("cpu"), name="--pixel-cnn")
     stages = Stages(grid, datasets.load(grid.dataset, data_dir), Store(work))
-    cells = {cell: _result(stages, cell) for cell in grid.cells()}
-    facts = facts_of(stages)
-    write_atomically(results / f"{name}.md", head(facts) + classifiers_table(facts) + markdown)
-    write_atomically(results / f"{name}.csv", table.comma_separated(grid, cells))
+    outcome = runner.carry_out(stages, figures=bool(figures))
+    if int(os.environ.get("RANK", "0")) > 0:
+        return outcome.table
+    cells = [_without_traceback(cell) for cell in outcome.results.values()]
+    facts = origin(cells) | facts_of(stages)
+    write_atomically(results / f"{name}.md", head(facts) + classifiers_table(facts) + outcome.table)
+    write_atomically(results / f"{name}.csv", table.comma_separated(grid, outcome.results))
     # A cell a line: what changes from run to run is seen in a diff.
-    lines = ",\n".join(json.dumps(cell, sort_keys=True) for cell in cells.values())
+    lines = ",\n".join(json.dumps(cell, sort_keys=True) for cell in cells)
     write_atomically(results / f"{name}.json", f'{{"facts": {json.dumps(facts, indent=1)},\n"cells": [\n{lines}\n]}}\n')
-    for pattern in (*(f"{figure}.png" for figure in figures), "detection.json") if figures else ():
-        for figure in sorted((work / "figures").glob(pattern)):
-            shutil.copyfile(figure, results / f"{name}-{figure.name}")
-    return markdown
+    for drawn in outcome.figures:
+        if any(fnmatch(drawn.name, pattern) for pattern in ("detection.json", *(f"{f}.png" for f in figures))):
+            shutil.copyfile(drawn, results / f"{name}-{drawn.name}")
+    return outcome.table
 
 
-def _result(stages: Stages, cell: Any) -> dict[str, Any]:
-    try:
-        return stages.store.read("cells", stages.cell_key(cell)) or {}
-    except Exception as error:  # what keeps a cell from having settings failed it, and is in the table
-        return {"cell": cell.name, "error": f"{type(error).__name__}: {error}"}
+def _without_traceback(cell: dict[str, Any]) -> dict[str, Any]:
+    return cell | ({"error": cell["error"].splitlines()[0]} if "error" in cell else {})
+
+
+def origin(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """When, on what and with what cells were computed: all that differ, and the first and the last day.
+
+    Cells without a date are of the time before cells had one: all that is known is that they are not younger.
+    """
+    days = sorted({cell.get("date", "") for cell in cells}) or [""]
+    last = days[-1] or date.today().isoformat()
+    versions: dict[str, list[str]] = {}
+    for cell in cells:
+        for package, version in cell["versions"].items():
+            versions.setdefault(package, []).append(version)
+    return {
+        "date": last if days[0] == last else f"{days[0]} to {last}" if days[0] else f"until {last}",
+        "hardware": "; ".join(dict.fromkeys(cell["hardware"] for cell in cells)),
+        "versions": {package: ", ".join(dict.fromkeys(found)) for package, found in versions.items()},
+    }
 
 
 def facts_of(stages: Stages) -> dict[str, Any]:
-    """What was measured with, and how good classifiers and density model are without an attack."""
+    """How good classifiers and density model are without an attack, and the thresholds; of those that there are."""
     x, y = stages.data.x_test.astype(np.float32) / 255, stages.data.y_test
     return {
-        "date": date.today().isoformat(), "hardware": runner.hardware(), "versions": dict(runner.versions()),
         "test_images": len(y),
         "classifiers": {
             title(row): {
@@ -99,7 +189,7 @@ def facts_of(stages: Stages) -> dict[str, Any]:
         "thresholds_bits_per_dim": {
             row.name: arguments["threshold"]
             for row in stages.grid.rows
-            if row.defence == "adaptive-pixeldefend" and stages.trained(row)
+            if row.defence == "adaptive-pixeldefend" and stages.trained(row) and stages.calibrated(row)
             for _, arguments in stages.steps(row)
         },
         "density_model": Path(stages.grid.pixel_cnn).name,

@@ -9,8 +9,8 @@ is right about them, and how long both took.
 
 from __future__ import annotations
 
+import copy
 import json
-import sys
 import time
 from datetime import date
 from pathlib import Path
@@ -19,8 +19,10 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from published import DataDir, command
 
 from art_pixeldefend import PixelCNNpp, classifiers, datasets, greedy_decode
+from art_pixeldefend.defences.purifier import as_pixel_cnn
 from art_pixeldefend.evaluation import runner
 from art_pixeldefend.files import write_atomically
 
@@ -35,10 +37,8 @@ def purified(model: PixelCNNpp, x: np.ndarray, eps: int) -> tuple[np.ndarray, fl
 def compare(model: PixelCNNpp, x: np.ndarray, y: np.ndarray, eps: int, classifier: Path | None) -> dict[str, Any]:
     """Both results, and what tells them apart."""
     network = classifiers.as_art(classifiers.load(classifier)[0]) if classifier else None
-    half = PixelCNNpp(**model.configuration)
-    half.load_state_dict(model.state_dict())
     levels, facts = {}, {}
-    for name, decoder in (("float32", model), ("bfloat16", half.bfloat16().eval())):
+    for name, decoder in (("float32", model), ("bfloat16", copy.deepcopy(model).bfloat16())):
         levels[name], seconds = purified(decoder, x, eps)
         facts[name] = {"seconds": round(seconds, 2), "bits_per_dim": float(model.bits_per_dim(levels[name]).mean())}
         if network is not None:
@@ -55,23 +55,22 @@ def main(
     images: Annotated[int, typer.Option(help="test images, from the first on")] = 1000,
     model: Annotated[str, typer.Option(help="a bundled model or a checkpoint")] = "fashion-mnist",
     data: Annotated[str, typer.Option(help="a data set")] = "fashion-mnist",
-    data_dir: Annotated[Path | None, typer.Option(envvar="ART_PIXELDEFEND_DATA", help="the official files")] = None,
+    data_dir: DataDir = None,
     classifier: Annotated[Path | None, typer.Option(help="a file of classifiers.save")] = None,
     eps: Annotated[int, typer.Option(help="radius of purification, levels")] = 32,
     noise: Annotated[int, typer.Option(help="of the images, levels")] = 8,
     out: Annotated[Path | None, typer.Option(help="JSON file")] = None,
 ) -> None:
     """Decode in both precisions and compare."""
-    bundled = not Path(model).exists()
-    pixel_cnn = PixelCNNpp.from_pretrained(model) if bundled else PixelCNNpp.load(model)
+    pixel_cnn = as_pixel_cnn(model, name="--model")
     test = datasets.load(data, data_dir)
     clean = test.x_test[:images].astype(int)
     shift = np.random.default_rng(0).integers(-noise, noise + 1, clean.shape)
     x = np.clip(clean + shift, 0, 255).astype(np.uint8)
     result = {
-        "command": " ".join(["python", "benchmarks/reduced_precision.py", *sys.argv[1:]]),
+        "command": command("reduced_precision.py"),
         "date": date.today().isoformat(), "hardware": runner.hardware(), "threads": torch.get_num_threads(),
-        "model": model, "data": data, "images": len(x), "eps": eps, "noise": noise,
+        "model": Path(model).name, "data": Path(data).name, "images": len(x), "eps": eps, "noise": noise,
     } | compare(pixel_cnn, x, test.y_test[:images], eps, classifier)  # fmt: skip
     typer.echo(json.dumps(result, indent=1))
     if out:

@@ -9,37 +9,35 @@ on what an image shows: the images are random.
 from __future__ import annotations
 
 import json
-import platform
 import statistics
-import sys
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from published import command
 from torch import Tensor
 from tqdm import tqdm
-from yardstick import fastest_forward, forward, seconds
+from yardstick import conditions, fastest_forward, forward, seconds
 
-from art_pixeldefend import PixelCNNpp, __version__
+from art_pixeldefend import PixelCNNpp
 from art_pixeldefend.files import write_atomically
 
 TRIED = 256  # images, when a chunk size is chosen
-ROUND = 1_000  # images a round: short rounds, so that a disturbance of the machine hits both ways
+ROUNDS = 9  # enough for a median, and short, so that a disturbance of the machine hits both ways
 
 
-def measure(model: PixelCNNpp, x: Tensor) -> dict[str, Any]:
-    """Totals over all images, and the median over rounds of the ratio."""
+def measure(model: PixelCNNpp, x: Tensor, rounds: int = ROUNDS) -> dict[str, Any]:
+    """Totals over all images, and the median of the ratio over rounds, each with its part of the images."""
     how = fastest_forward(model, x[:TRIED])
     forwards, scores = [], []
-    for piece in tqdm(x.split(ROUND), unit="round"):
+    for piece in tqdm(x.tensor_split(min(rounds, len(x))), unit="round"):
         forwards.append(seconds(partial(forward, model, piece, **how), model.device))
         scores.append(seconds(partial(model.bits_per_dim, piece), model.device))
     ratios = [score / alone for score, alone in zip(scores, forwards, strict=True)]
     return {
-        "forward": how, "images": len(x),
+        "forward": how, "images": len(x), "rounds": len(ratios),
         "forward_images_per_second": round(len(x) / sum(forwards), 2),
         "scoring_images_per_second": round(len(x) / sum(scores), 2),
         "ratio": round(statistics.median(ratios), 3), "ratio_min": round(min(ratios), 3),
@@ -57,7 +55,8 @@ def main(
     filters: Annotated[int, typer.Option(help="feature maps")] = 24,
     resnets: Annotated[int, typer.Option(help="gated resnets per stage")] = 2,
     image_shape: Annotated[tuple[int, int, int], typer.Option(help="channels, height, width")] = (1, 28, 28),
-    images: Annotated[int, typer.Option(help="how many")] = 10_000,
+    images: Annotated[int, typer.Option(min=1, help="how many")] = 10_000,
+    rounds: Annotated[int, typer.Option(min=1, help="that share the images out")] = ROUNDS,
     threads: Annotated[int | None, typer.Option(help="torch's own choice unless given")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ..")] = "cuda" if torch.cuda.is_available() else "cpu",
     out: Annotated[Path | None, typer.Option(help="write the figures to this JSON file")] = None,
@@ -68,13 +67,10 @@ def main(
     model = PixelCNNpp(image_shape, filters, resnets).to(device).eval()
     x = some_images(model, images)
     model.initialise(x[:100])
-    cuda = model.device.type == "cuda"
-    hardware = torch.cuda.get_device_name(model.device) if cuda else platform.processor() or platform.machine()
     record = {
-        "command": " ".join(sys.argv), "date": date.today().isoformat(), "device": hardware,
-        "threads": torch.get_num_threads(), "version": __version__, "torch": torch.__version__,
+        "command": command("scoring_speed.py"), **conditions(model.device),
         "settings": {"filters": filters, "resnets": resnets, "image_shape": list(image_shape)},
-        "result": measure(model, x),
+        "result": measure(model, x, rounds),
     }  # fmt: skip
     print(json.dumps(record, indent=2))
     if out:

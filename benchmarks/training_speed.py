@@ -13,18 +13,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from published import command
+from yardstick import conditions
 
-from art_pixeldefend import PixelCNNpp, __version__, datasets
+from art_pixeldefend import PixelCNNpp, datasets
 from art_pixeldefend.density.gradients import Eager, gradients_of
 from art_pixeldefend.density.trainer import Loss, Settings, State, bf16_pays
 from art_pixeldefend.files import write_atomically
@@ -130,11 +129,8 @@ def main() -> None:
     result = measure(arguments, device)
     if arguments.losses:
         result |= losses(arguments, device)
-    cuda = device.type == "cuda"
-    hardware = torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine()
     record = {
-        "command": " ".join(sys.argv), "date": date.today().isoformat(), "device": hardware,
-        "threads": torch.get_num_threads(), "version": __version__, "torch": torch.__version__,
+        "command": command("training_speed.py"), **conditions(device),
         "settings": {"filters": arguments.filters, "resnets": arguments.resnets, "batch": arguments.batch,
                      "dropout": arguments.dropout, "image_shape": list(arguments.image_shape),
                      "bf16": bf16_pays(device)},

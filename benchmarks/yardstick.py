@@ -1,17 +1,21 @@
-"""What decoding and scoring are measured by: the fastest plain float32 forward passes of the same network."""
+"""What speeds are measured by, the fastest plain float32 forward passes of the same network; and on and with what."""
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable
+from datetime import date
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from art_pixeldefend import PixelCNNpp
+from art_pixeldefend import PixelCNNpp, __version__
 
 CHUNKS = (1, 4, 8, 16, 32, 64, 256, 1024)
 SHORTEST = 0.3  # seconds: what takes less is repeated
@@ -48,3 +52,32 @@ def fastest_forward(model: PixelCNNpp, x: Tensor) -> dict[str, Any]:
         times[chunk, last] = min(seconds(attempt, model.device) for _ in range(2)) / len(some)
     chunk, last = min(times, key=times.__getitem__)
     return {"chunk": chunk, "channels_last": last}
+
+
+def conditions(device: torch.device) -> dict[str, Any]:
+    """Date, hardware and versions, as every speed figure's JSON has them."""
+    return {"date": date.today().isoformat(), "hardware": hardware(device), "versions": versions()}
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """The processor, its vectors, torch's threads, and the device."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = names[0] if names else name
+    return {
+        "cpu": name, "vectors": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Of what speed depends on."""
+    found = {"python": platform.python_version(), "art-pixeldefend": __version__, "torch": torch.__version__}
+    for package in ("numpy", "numba"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found

@@ -1,12 +1,16 @@
 """What the README shows works as written."""
 
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import typer
 from torch import nn
+
+from art_pixeldefend import cli
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -36,12 +40,24 @@ def test_the_two_commands_come_first_one_a_line():
     assert "art-pixeldefend demo" in demo and tests.endswith("pytest")
 
 
-@pytest.mark.parametrize("line", [line for block in blocks("sh")[1:] for line in block.splitlines()])
-def test_commands_have_the_options_that_are_shown(line):
-    from typer.testing import CliRunner
+COMMANDS = [line for block in blocks("sh")[1:] for line in block.splitlines()]
 
-    from art_pixeldefend import cli
 
-    _, command, *arguments = line.split()
-    shown = CliRunner().invoke(cli.app, [command, "--help"], env={"COLUMNS": "200"}).output
-    assert all(option in shown for option in arguments if option.startswith("--"))
+def parsed(line):
+    """Whether a command line is understood: all its options, their values, and nothing missing."""
+    program, name, *arguments = shlex.split(line)
+    command = typer.main.get_command(cli.app).commands[name]
+    return program == "art-pixeldefend" and command.make_context(name, arguments)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_are_understood_as_they_are_shown(line):
+    assert parsed(line)
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if "--model " in line])
+@pytest.mark.parametrize("wrong", ["--mod ", "--models ", ""])
+def test_commands_with_another_option_would_not_be_understood(line, wrong):
+    with pytest.raises(Exception) as refused:
+        parsed(line.replace("--model ", wrong))
+    assert refused.value.exit_code == 2

@@ -25,6 +25,7 @@ from art_pixeldefend.files import write_atomically
 
 DEFENCE = "pixeldefend"
 NOISE = TITLES["rand"]
+KINDS = ("strips", "likelihoods", "p-values", "roc")  # of figures, one for each radius
 PAPER_THRESHOLDS = {"cifar-10": 4.5}  # bits per dimension, Appendix A
 PAPER_SHARE = 175 / 10_000
 REFERENCE = 1000  # the first so many training images are what p-values compare with
@@ -46,7 +47,7 @@ def draw(stages: Stages, folder: str | PathLike[str], *, shown: int = 10, sample
         samples: images drawn from the density model.
 
     Returns:
-        The files; none if the grid has no such row.
+        The files drawn, whatever else is in the folder; none if the grid has no such row.
     """
     row = drawn_row(stages.grid)
     if row is None:
@@ -59,7 +60,8 @@ def draw(stages: Stages, folder: str | PathLike[str], *, shown: int = 10, sample
     }
     figures.sample_sheets(folder / "samples", drawn)
     write_atomically(folder / "detection.json", json.dumps({"reference": REFERENCE, "eps": numbers}, indent=1) + "\n")
-    return sorted(folder.iterdir())
+    names = ["samples", *(f"{kind}-{eps}" for kind in KINDS for eps in numbers)]
+    return [folder / "detection.json", *(folder / f"{name}.{ending}" for name in names for ending in ("png", "pdf"))]
 
 
 def score(stages: Stages, processes: Team) -> None:

@@ -135,6 +135,20 @@ class Grid:
             for eps in row.eps or ():
                 if eps not in self.eps:
                     raise ValueError(f"eps of {row.name} must be of the grid's {self.eps}, got {eps!r}")
+        self._check_distinct()
+
+    def _check_distinct(self) -> None:
+        """A table has one line for each of these: two rows that differ in nothing else would show one's numbers."""
+        lines: dict[tuple[Any, ...], str] = {}
+        for row in self.rows:
+            for eps in self.eps_of(row):
+                line = (row.network, row.training, self.delta_of(row), row.defence, row.threat, eps)
+                if line in lines:
+                    raise ValueError(
+                        f"rows must differ in network, training, delta, defence, threat or eps, got {lines[line]} and "
+                        f"{row.name} within {eps} levels"
+                    )
+                lines[line] = row.name
 
     def cells(self) -> Iterator[Cell]:
         """Every number, clean first in each row."""

@@ -7,7 +7,8 @@ import platform
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from datetime import date
 from functools import cache, partial
 from os import PathLike
 from pathlib import Path
@@ -27,8 +28,24 @@ from art_pixeldefend.evaluation.stages import Stages
 from art_pixeldefend.evaluation.store import Store
 from art_pixeldefend.evaluation.team import Team, team
 from art_pixeldefend.files import write_atomically
+from art_pixeldefend.validation import check_count
 
 Results = dict[Cell, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to.
+
+    Args:
+        table: as Markdown.
+        results: of every cell, those that failed among them.
+        figures: the files that this process drew.
+    """
+
+    table: str
+    results: Results
+    figures: list[Path]
 
 
 def run(
@@ -67,31 +84,46 @@ def run(
         The table as Markdown; for a dry run the cells with their states and the estimate.
 
     Raises:
-        ValueError: for an unknown name, or nothing left to do. A cell that fails raises nothing: it is recorded.
+        ValueError: for an unknown name, nothing left to do, or ``starts`` without a row for Figure 5. A cell that fails
+            raises nothing: it is recorded.
     """
     grid = _named(grid, pixel_cnn).only(rows, tuple(attacks.split(",")) if attacks else None, limit)
-    data, store = datasets.load(grid.dataset, data_dir), Store(out)
-    stages = Stages(grid, data, store)
+    if check_count("starts", starts, 0) and drawing.drawn_row(grid) is None:
+        raise ValueError(f"starts must be 0 for a grid without a bare pixeldefend row, got {starts}")
+    stages = Stages(grid, datasets.load(grid.dataset, data_dir), Store(out))
     if dry_run:
         return estimate(stages)
+    outcome = carry_out(stages, figures=figures, verbose=verbose)
+    if starts:
+        figure_5(stages, Path(out) / "figures" / "figure5", images=min(10, grid.images, grid.chunk), starts=starts)
+    return outcome.table
+
+
+def carry_out(stages: Stages, *, figures: bool = True, verbose: bool = True) -> Outcome:
+    """Compute what is missing of a grid, and leave table and figures in the folder of its store.
+
+    Args:
+        stages: of the grid.
+        figures: draw them, unless a cell of the row that they are about failed.
+        verbose: show progress.
+    """
+    grid, out, drawn = stages.grid, stages.store.folder, []
     with team() as processes:
         stages.verbose = verbose and processes.rank == 0
         _train(stages, processes)
         _calibrate(stages, processes)
-        results = _cells(stages, store, processes, verbose)
+        results = _cells(stages, processes, verbose)
         markdown = table.markdown(grid, results)
         if processes.rank == 0:
-            write_atomically(Path(out) / "table.md", markdown)
-            write_atomically(Path(out) / "table.csv", table.comma_separated(grid, results))
+            write_atomically(out / "table.md", markdown)
+            write_atomically(out / "table.csv", table.comma_separated(grid, results))
         row = drawing.drawn_row(grid)
         if figures and row and all("right" in result for cell, result in results.items() if cell.row == row):
             drawing.score(stages, processes)
             if processes.rank == 0:
-                drawing.draw(stages, Path(out) / "figures")
+                drawn = drawing.draw(stages, out / "figures")
         processes.gather(None)
-    if starts:
-        figure_5(stages, Path(out) / "figures" / "figure5", images=min(10, grid.images, grid.chunk), starts=starts)
-    return markdown
+    return Outcome(markdown, results, drawn)
 
 
 def _named(grid: Grid | str, pixel_cnn: str | None) -> Grid:
@@ -107,8 +139,7 @@ def _train(stages: Stages, processes: Team) -> None:
     missing = processes.gather([row for row in stages.classifiers() if not stages.trained(row)])[0]
     for row in processes.share(missing):
         _try(partial(stages.model, row))  # the cells that need it report a failure
-    for failures in processes.gather(stages.failures):
-        stages.failures |= failures
+    _tell_failures(stages, processes)
 
 
 def _calibrate(stages: Stages, processes: Team) -> None:
@@ -116,10 +147,16 @@ def _calibrate(stages: Stages, processes: Team) -> None:
     missing, _ = _try(stages.uncalibrated)
     for row in processes.share(processes.gather(missing or [])[0]):
         _try(partial(stages.steps, row))
-    processes.gather(None)
+    _tell_failures(stages, processes)
 
 
-def _cells(stages: Stages, store: Store, processes: Team, verbose: bool) -> Results:
+def _tell_failures(stages: Stages, processes: Team) -> None:
+    """What one process could not make, no other tries."""
+    for failures in processes.gather(stages.failures):
+        stages.failures |= failures
+
+
+def _cells(stages: Stages, processes: Team, verbose: bool) -> Results:
     """Results of all cells; finished ones are read, failed ones tried again."""
     cells, results = list(stages.grid.cells()), {}
     total = sum(stages.count(cell.row) for cell in cells)
@@ -127,17 +164,17 @@ def _cells(stages: Stages, store: Store, processes: Team, verbose: bool) -> Resu
     with bar:
         for cell in cells:
             bar.set_description_str(cell.name)
-            results[cell] = _cell(cell, stages, store, processes, bar)
+            results[cell] = _cell(cell, stages, processes, bar)
     return results
 
 
-def _cell(cell: Cell, stages: Stages, store: Store, processes: Team, bar: tqdm) -> dict[str, Any]:
+def _cell(cell: Cell, stages: Stages, processes: Team, bar: tqdm) -> dict[str, Any]:
     """One cell's result: right or wrong for every image, or the error that stopped it."""
     began, start = time.perf_counter(), bar.n
     count = stages.count(cell.row)
     key, errors = _try(lambda: stages.cell_key(cell))
     # One process decides for all: another run may finish the cell between one's look and the other's.
-    kept = processes.gather(store.read("cells", key) if errors is None else None)[0]
+    kept = processes.gather(stages.store.read("cells", key) if errors is None else None)[0]
     if kept is not None and "error" not in kept:
         bar.update(count)
         return kept
@@ -154,7 +191,7 @@ def _cell(cell: Cell, stages: Stages, store: Store, processes: Team, bar: tqdm) 
         {"error": failed[0]} if failed else _counts(np.concatenate([right[s] for s in starts]))
     )
     if processes.rank == 0:
-        store.write("cells", key or {"cell": cell.name, "dataset": stages.grid.dataset}, result)
+        stages.store.write("cells", key or {"cell": cell.name, "dataset": stages.grid.dataset}, result)
     processes.gather(None)  # nobody reads the next cell's files before this one's are there
     return result
 
@@ -195,7 +232,7 @@ def _result(cell: Cell, stages: Stages, key: Any, seconds: float) -> dict[str, A
     return {
         "cell": cell.name, "row": asdict(cell.row), "attack": cell.attack, "eps": cell.eps, "settings": key,
         "paper_percent": paper_accuracy(stages.grid, cell.row, cell.attack, eps),
-        "seconds": round(seconds, 2), "versions": versions(), "hardware": hardware(),
+        "seconds": round(seconds, 2), "date": date.today().isoformat(), "versions": versions(), "hardware": hardware(),
     }  # fmt: skip
 
 

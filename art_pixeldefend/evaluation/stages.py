@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from art.defences.preprocessor import Preprocessor
@@ -26,6 +26,7 @@ from art_pixeldefend.evaluation.preprocessors import Step, preprocessor, takes
 from art_pixeldefend.evaluation.store import UNIT, Settings, Store, digest
 
 CALIBRATED = "calibrated"
+T = TypeVar("T")
 
 
 class Stages:
@@ -46,7 +47,7 @@ class Stages:
             "validation": (data.x_train[rest:], data.y_train[rest:]),
             "test": (data.x_test, data.y_test),
         }
-        self.failures: dict[str, str] = {}
+        self.failures: dict[str, str] = {}  # what could not be made, by the digest of its settings
         self._models = lru_cache(maxsize=2)(self._model)
         self.classifier = lru_cache(maxsize=4)(self._classifier)
 
@@ -92,14 +93,22 @@ class Stages:
         return self._models(row.classifier)
 
     def _model(self, row: Row) -> Network:
-        key = digest(self.training(row))
+        # Attacks need gradients in the images only; in the parameters they would cost a third of the time.
+        return self._once(
+            self.training(row),
+            f"no classifier {row.network}, {row.training}",
+            lambda: self._load_or_train(row).requires_grad_(False),
+        )
+
+    def _once(self, settings: Settings, failure: str, compute: Callable[[], T]) -> T:
+        """What ``compute`` gives; where it has failed before for these settings, that failure again."""
+        key = digest(settings)
         if key in self.failures:
             raise RuntimeError(self.failures[key])
         try:
-            # Attacks need gradients in the images only; in the parameters they would cost a third of the time.
-            return self._load_or_train(row).requires_grad_(False)
+            return compute()
         except Exception as error:
-            self.failures[key] = f"no classifier {row.network}, {row.training}: {error}"
+            self.failures[key] = f"{failure}: {error}"
             raise
 
     def _load_or_train(self, row: Row) -> Network:
@@ -144,24 +153,28 @@ class Stages:
     def threshold(self, row: Row, path: str) -> float:
         """Of bits per dimension, chosen on validation images under the grid's attacks of the row's radii; kept.
 
-        A threshold is the model's and the classifier's, so rows of another threat share it.
+        A threshold is the model's and the classifier's, so rows of another threat share it. Where choosing it fails, it
+        is not tried twice.
         """
         settings = self._threshold_key(row, path)
-        radii, arguments = self.grid.eps_of(row), settings["arguments"]
         if (kept := self.store.read("thresholds", settings)) is None:
-            bare, count = row.classifier, len(self.splits["validation"][1])
-            attacked = {
-                f"{attack} {eps}": self.attacked(Cell(bare, attack, eps), 0, count, "validation")
-                for attack in self.grid.attacks
-                for eps in radii
-            }
-            defence = self.build([(path, arguments | {"threshold": 0.0})])
-            if not isinstance(defence, AdaptivePixelDefend):
-                raise ValueError(f"defence {path!r} has no threshold to calibrate")
-            chosen = defence.calibrate(self.classifier(bare, False), attacked, self.splits["validation"][1])
+            chosen = self._once(settings, f"no threshold {row.name}", lambda: self._calibrate(row, path))
             kept = {"threshold": chosen, "settings": settings}
             self.store.write("thresholds", settings, kept)
         return kept["threshold"]
+
+    def _calibrate(self, row: Row, path: str) -> float:
+        bare, count = row.classifier, len(self.splits["validation"][1])
+        attacked = {
+            f"{attack} {eps}": self.attacked(Cell(bare, attack, eps), 0, count, "validation")
+            for attack in self.grid.attacks
+            for eps in self.grid.eps_of(row)
+        }
+        arguments = dict(dict(self.grid.defences[row.defence])[path])
+        defence = self.build([(path, arguments | {"threshold": 0.0})])
+        if not isinstance(defence, AdaptivePixelDefend):
+            raise ValueError(f"defence {path!r} has no threshold to calibrate")
+        return defence.calibrate(self.classifier(bare, False), attacked, self.splits["validation"][1])
 
     def _threshold_key(self, row: Row, path: str) -> dict[str, Any]:
         return {

@@ -6,14 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
+from datetime import date
 
 import numpy as np
 import pytest
 from art.defences.preprocessor import PixelDefend as ArtsPixelDefend
 
 from art_pixeldefend import PixelDefendDetector, datasets
-from art_pixeldefend.evaluation import ascent, drawing, runner, store, table
+from art_pixeldefend.evaluation import ascent, cost, drawing, runner, store, table
 from art_pixeldefend.evaluation.art_pixel_defend import ArtPixelDefend, Conditionals
 from art_pixeldefend.evaluation.grid import (
     CLEAN,
@@ -60,7 +62,7 @@ def results(folder):
     for name, path in files.items():
         if path.suffix == ".json":
             content = json.loads(path.read_text())
-            kept[name] = {key: value for key, value in content.items() if key not in ("seconds", "hardware")}
+            kept[name] = {key: value for key, value in content.items() if key not in ("seconds", "date", "hardware")}
         else:
             kept[name] = path.read_bytes()
     return kept
@@ -85,6 +87,7 @@ def test_every_cell_has_settings_versions_counts_and_an_interval(finished):
         low, high = cell["interval_percent"]
         assert low <= cell["accuracy_percent"] <= high
         assert {"settings", "versions", "hardware", "seconds", "paper_percent"} <= set(cell)
+        assert date.fromisoformat(cell["date"]) <= date.today()
 
 
 def test_a_second_run_computes_nothing(finished, monkeypatch):
@@ -142,7 +145,8 @@ def test_a_killed_run_goes_on_to_the_same_results(finished, tmp_path):
     while process.poll() is None and len(list(out.rglob("*.npy"))) < 5:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL  # it neither failed nor finished
+    assert list(out.rglob("*.npy")) and not (out / "table.md").exists()
     run(out)
     assert {name: kept for name, kept in results(out).items() if not name.endswith(".partial")} == results(finished)
 
@@ -176,6 +180,30 @@ def test_training_that_fails_is_tried_once(tmp_path, monkeypatch):
     monkeypatch.setattr("art_pixeldefend.classifiers.train", diverge)
     assert "diverged" in run(tmp_path, replace(TINY, images=8))
     assert len(calls) == 1
+
+
+ADAPTIVE = Row("vgg", "normal", "adaptive-pixeldefend")
+
+
+def test_a_threshold_that_cannot_be_chosen_is_tried_once_and_stops_no_other_row(tmp_path, monkeypatch):
+    calls = []
+
+    def fail(*args):
+        calls.append(args)
+        raise FloatingPointError("no threshold in sight")
+
+    monkeypatch.setattr("art_pixeldefend.defences.AdaptivePixelDefend.calibrate", fail)
+    grid = replace(TINY, rows=(ADAPTIVE, replace(ADAPTIVE, threat="through"), Row("vgg")), images=4, steps=2, eps=(16,))
+    text = run(tmp_path, grid)
+    assert len(calls) == 1
+    assert "in sight" in text and text.count("| failed | failed | failed |") == 2
+    assert sum("accuracy_percent" in cell for cell in cells(tmp_path)) == 3
+
+
+def test_starts_without_a_row_for_figure_5_are_refused_before_the_work_is_done(tmp_path):
+    with pytest.raises(ValueError, match="starts"):
+        run(tmp_path, starts=2)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_strongest_attack_is_the_least_of_the_row_without_clean():
@@ -274,6 +302,10 @@ def test_what_is_not_in_a_grid_is_refused(options):
         ({"rows": (Row(threat="no"),)}, "threat"), ({"rows": (Row(eps=(9,)),)}, "eps"),
         ({"rows": (Row(delta=8),)}, "delta"), ({"rows": (Row(training="adversarial-fgsm", delta=0),)}, "delta"),
         ({"chunk": 0}, "chunk"), ({"recipe": "no"}, "recipe"),
+        ({"rows": (Row("vgg"), Row("vgg", steps=9))}, "vgg/normal/none/bare"),
+        ({"rows": (Row("vgg"), Row("vgg", eps=(40,), images=9))}, "within 40"),
+        ({"rows": (Row("vgg", attacks=("fgsm",)), Row("vgg", attacks=("rand",)))}, "vgg/normal/none/bare"),
+        ({"rows": (Row(training="adversarial-fgsm"), Row(training="adversarial-fgsm", delta=8))}, "delta-8"),
     ],
 )  # fmt: skip
 def test_a_grid_that_means_nothing_is_refused(change, message):
@@ -285,6 +317,30 @@ def test_a_dry_run_says_what_is_missing_and_computes_nothing(finished, tmp_path)
     text = run(tmp_path, dry_run=True)
     assert text.count("to do:") == 15 and "minutes" in text and not list(tmp_path.iterdir())
     assert run(finished, dry_run=True).count("done:") == 15
+
+
+def estimated(grid, folder, monkeypatch):
+    """Seconds that cells and thresholds cost, a gradient and a purified image a second each."""
+    for piece in ("_gradient_seconds", "_defence_seconds"):
+        monkeypatch.setattr(cost, piece, lambda *_: 1.0)
+    stages = Stages(grid, datasets.load("digits"), Store(folder))
+    monkeypatch.setattr(stages, "trained", lambda row: True)
+    pieces = cost._Pieces(stages)
+    return [pieces.cell(cell) for cell in grid.cells()], [pieces.calibration(row) for row in stages.uncalibrated()]
+
+
+def test_attacks_without_a_radius_cost_once_for_all_radii(tmp_path, monkeypatch):
+    grid = replace(TINY, rows=(Row("vgg"),), images=3, attacks=("fgsm", "cw"))
+    each = 3 * (1 + 1 / 3)  # a defence and a prediction
+    found, _ = estimated(grid, tmp_path, monkeypatch)
+    assert found == pytest.approx([each, each + 3, each + 3, each + 3 * cost.PASSES["cw"], each])
+
+
+def test_thresholds_to_choose_are_part_of_the_estimate(tmp_path, monkeypatch):
+    grid = replace(TINY, rows=(ADAPTIVE, replace(ADAPTIVE, threat="through")), eps=(40,), attacks=("fgsm", "rand"))
+    _, found = estimated(grid, tmp_path, monkeypatch)
+    assert found == pytest.approx([8 * (1 + 2 * (1 + 2 / 3))])  # one for both; 8 validation images, one gradient each
+    assert run(tmp_path, grid, dry_run=True).count("to calibrate: ") == 1
 
 
 def test_squeezing_is_done_in_turn_and_keeps_the_dtype():
@@ -313,8 +369,7 @@ def test_stored_images_come_back_as_they_were(tmp_path):
 
 
 def test_adaptive_thresholds_are_calibrated_once(tmp_path):
-    row = Row("vgg", "normal", "adaptive-pixeldefend")
-    grid = replace(TINY, rows=(row,), eps=(40,), images=4, validation=6, chunk=4)
+    grid = replace(TINY, rows=(ADAPTIVE,), eps=(40,), images=4, validation=6, chunk=4)
     run(tmp_path, grid)
     (path,) = (tmp_path / "thresholds").iterdir()
     threshold = json.loads(path.read_text())["threshold"]
@@ -382,7 +437,9 @@ def test_a_finished_grid_is_drawn(tmp_path):
     row = Row("vgg", "normal", "pixeldefend")
     grid = replace(TINY, rows=(row,), eps=(40,), attacks=("fgsm",), images=4, chunk=4)
     stages = Stages(grid, datasets.load("digits"), Store(tmp_path))
-    files = {path.name for path in drawing.draw(stages, tmp_path / "figures", shown=3, samples=3)}
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "roc-8.png").write_bytes(b"another run's")
+    files = {path.name for path in drawing.draw(stages, tmp_path / "figures", shown=3, samples=3) if path.is_file()}
     kinds = ("strips", "likelihoods", "p-values", "roc")
     drawn = [f"{kind}-40" for kind in kinds] + ["samples"]
     assert files == {f"{name}.{ending}" for name in drawn for ending in ("png", "pdf")} | {"detection.json"}
@@ -395,9 +452,13 @@ def test_likelihoods_for_the_figures_are_shared_out_and_computed_once(tmp_path, 
     row = Row("vgg", "normal", "pixeldefend")
     grid = replace(TINY, rows=(row,), eps=(40,), attacks=("rand",), images=6, chunk=4)
     stages = Stages(grid, datasets.load("digits"), Store(tmp_path))
+    done, score = Counter(), PixelDefendDetector.score
+    monkeypatch.setattr(Team, "gather", lambda self, mine: [mine])  # no other process to wait for
     for rank in (0, 1):
-        monkeypatch.setattr(Team, "gather", lambda self, mine: [mine])  # no other process to wait for
+        monkeypatch.setattr(PixelDefendDetector, "score", lambda *args, rank=rank: done.update([rank]) or score(*args))
         drawing.score(stages, Team(rank, 2))
+    # Two chunks of clean and of noisy images, each as they are and purified, and the training images.
+    assert done == {0: 5, 1: 4}
     detector = PixelDefendDetector(stages.pixel_cnn)
     cell, images = Cell(row, "rand", 40), range(0, 6, 4)
     expected = [detector.score(stages.defended(cell, start, min(4, 6 - start))) for start in images]
