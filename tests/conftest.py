@@ -54,8 +54,26 @@ def digits_model():
     return PixelCNNpp.from_pretrained("digits")
 
 
+def official_data(name):
+    """The data set of this name, from the folder that tests are told of; a skip where it is not there."""
+    if not os.environ.get(datasets.DATA_DIR_VARIABLE):
+        pytest.skip(f"{datasets.DATA_DIR_VARIABLE} names no folder with {name}")
+    try:
+        return datasets.load(name, download=False)
+    except FileNotFoundError as error:
+        pytest.skip(f"{name}: {error}")
+
+
+@pytest.fixture(scope="session")
+def load_official_data():
+    return official_data
+
+
 @pytest.fixture(scope="session")
 def fashion_mnist():
-    if not os.environ.get(datasets.DATA_DIR_VARIABLE):
-        pytest.skip(f"{datasets.DATA_DIR_VARIABLE} names no folder with fashion-mnist/")
-    return datasets.load("fashion-mnist", download=False)
+    return official_data("fashion-mnist")
+
+
+@pytest.fixture(scope="session")
+def cifar_10():
+    return official_data("cifar-10")

@@ -24,11 +24,20 @@ def test_fashion_mnist_is_whole(fashion_mnist):
     assert np.bincount(fashion_mnist.y_test).tolist() == [1000] * 10
 
 
-def test_cifar_10_is_whole(fashion_mnist):
-    cifar = datasets.load("cifar-10", download=False)
-    assert cifar.x_train.shape == (50_000, 3, 32, 32) and cifar.x_test.shape == (10_000, 3, 32, 32)
-    np.testing.assert_allclose(cifar.x_train.mean((0, 2, 3)) / 255, [0.4914, 0.4822, 0.4465], atol=1e-4)
-    assert np.bincount(cifar.y_test).tolist() == [1000] * 10
+def test_cifar_10_is_whole(cifar_10):
+    assert cifar_10.x_train.shape == (50_000, 3, 32, 32) and cifar_10.x_test.shape == (10_000, 3, 32, 32)
+    np.testing.assert_allclose(cifar_10.x_train.mean((0, 2, 3)) / 255, [0.4914, 0.4822, 0.4465], atol=1e-4)
+    assert np.bincount(cifar_10.y_test).tolist() == [1000] * 10
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist", "cifar-10"])
+def test_tests_that_need_missing_official_files_skip_and_name_them(name, load_official_data, tmp_path, monkeypatch):
+    monkeypatch.setenv(datasets.DATA_DIR_VARIABLE, str(tmp_path))
+    with pytest.raises(pytest.skip.Exception, match=rf"{name}.*missing"):
+        load_official_data(name)
+    monkeypatch.delenv(datasets.DATA_DIR_VARIABLE)
+    with pytest.raises(pytest.skip.Exception, match=name):
+        load_official_data(name)
 
 
 @pytest.mark.parametrize("name", ["fashion-mnist", "cifar-10"])
@@ -95,6 +104,7 @@ def test_an_npz_without_test_images_is_split_without_overlap(tmp_path):
         {"x": np.zeros((2, 4, 4), np.uint8)},
         {"x_train": np.zeros((2, 4, 4))},
         {"x_train": np.zeros((2, 4), np.uint8)},
+        {"x_train": np.uint8(3)},
         {"x_train": np.zeros((2, 4, 4, 2), np.uint8)},
         {"x_train": np.zeros((2, 4, 4), np.uint8), "y_train": np.zeros(3, int)},
         {"x_train": np.zeros((2, 4, 4), np.uint8), "y_train": np.zeros(2)},

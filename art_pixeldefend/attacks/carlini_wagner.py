@@ -13,7 +13,7 @@ from art.utils import check_and_transform_label_format, get_labels_np_array
 
 from art_pixeldefend.attacks.budget import round_outwards, scalar_clip_values
 from art_pixeldefend.attacks.margin import Margin
-from art_pixeldefend.validation import check_count
+from art_pixeldefend.validation import check_count, check_number
 
 SMOOTHER = 1.999999  # keeps arctanh finite at both ends of the range; the authors' number
 GIVE_UP = 1 / 256  # radii below a level are not looked for
@@ -68,7 +68,6 @@ class CarliniWagnerLInf(EvasionAttack):
         self.initial_const, self.largest_const, self.const_factor = initial_const, largest_const, const_factor
         self.decrease_factor = decrease_factor
         self._check_params()
-        self._margin = Margin(estimator)
 
     def generate(self, x: np.ndarray, y: np.ndarray | None = None, **kwargs: Any) -> np.ndarray:
         """Attacked images of ``x`` (N, ...), of any distance; an image that withstands comes back as it was.
@@ -84,6 +83,7 @@ class CarliniWagnerLInf(EvasionAttack):
             y = get_labels_np_array(self.estimator.predict(x, batch_size=self.batch_size))
         y = check_and_transform_label_format(y, nb_classes=self.estimator.nb_classes)
         low, high = scalar_clip_values(self.estimator)
+        self._margin = Margin(self.estimator)  # now: its defences may have been changed since the last time
         attacked = x.copy()
         for i in range(0, len(x), self.batch_size):
             piece = slice(i, i + self.batch_size)
@@ -143,12 +143,13 @@ class CarliniWagnerLInf(EvasionAttack):
     def _check_params(self) -> None:
         self.max_iter = check_count("max_iter", self.max_iter)
         self.batch_size = check_count("batch_size", self.batch_size)
-        for name in ("learning_rate", "initial_const", "largest_const"):
+        for name in ("learning_rate", "initial_const", "largest_const", "const_factor", "decrease_factor"):
+            setattr(self, name, check_number(name, getattr(self, name)))
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
         if not self.const_factor > 1:
             raise ValueError(f"const_factor must be greater than 1, got {self.const_factor!r}")
-        if not 0 < self.decrease_factor < 1:
+        if not self.decrease_factor < 1:
             raise ValueError(f"decrease_factor must be between 0 and 1, got {self.decrease_factor!r}")
         scalar_clip_values(self.estimator)
 

@@ -11,7 +11,7 @@ from art.estimators.classification.classifier import ClassGradientsMixin
 from art.estimators.estimator import BaseEstimator
 
 from art_pixeldefend.attacks.budget import round_outwards, scalar_clip_values
-from art_pixeldefend.validation import check_count
+from art_pixeldefend.validation import check_count, check_number
 
 
 class DeepFoolLInf(EvasionAttack):
@@ -82,6 +82,5 @@ class DeepFoolLInf(EvasionAttack):
     def _check_params(self) -> None:
         self.max_iter = check_count("max_iter", self.max_iter)
         self.batch_size = check_count("batch_size", self.batch_size)
-        if not self.overshoot >= 0:
-            raise ValueError(f"overshoot must be at least 0, got {self.overshoot!r}")
+        self.overshoot = check_number("overshoot", self.overshoot)
         scalar_clip_values(self.estimator)

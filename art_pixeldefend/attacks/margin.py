@@ -15,7 +15,8 @@ class Margin:
 
     Args:
         estimator: an ART classifier with class gradients that outputs logits. For a :class:`PyTorchClassifier` a second
-            one is made around the same model and defences, with the margin as its loss.
+            one is made around the same model and defences, with the margin as its loss: defences it is given later
+            are not seen.
     """
 
     def __init__(self, estimator: Any) -> None:

@@ -14,6 +14,7 @@ from art.estimators.classification.classifier import ClassGradientsMixin
 from art.estimators.estimator import BaseEstimator, LossGradientsMixin
 
 from art_pixeldefend.attacks.budget import bim_steps, level
+from art_pixeldefend.validation import check_number
 
 
 class HalfNormalAttack(EvasionAttack):
@@ -67,6 +68,7 @@ class HalfNormalAttack(EvasionAttack):
 
     def _check_params(self) -> None:
         level(self.estimator)
+        self.delta = check_number("delta", self.delta)
         if not self.delta > 0:
             raise ValueError(f"delta must be a positive number of levels, got {self.delta!r}")
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from art_pixeldefend.batches import map_batches
 from art_pixeldefend.defences.images import Images
 from art_pixeldefend.defences.pixel_defend import PixelDefend
+from art_pixeldefend.defences.purifier import Purifier
 from art_pixeldefend.density import PixelCNNpp
 
 
@@ -70,7 +71,7 @@ class AdaptivePixelDefend(PixelDefend):
         strongest attack. In bits per dimension that is the largest threshold that does not.
 
         Args:
-            classifier: an ART classifier without this defence.
+            classifier: an ART classifier that purifies nothing itself: images left alone have to stay so.
             attacked: validation images under each attack, by the attack's name, in the classifier's layout and range.
             y: their labels, as class numbers (N,) or one-hot (N, classes).
 
@@ -78,8 +79,11 @@ class AdaptivePixelDefend(PixelDefend):
             The threshold, in bits per dimension; 0, which purifies every image, if any other one does harm.
 
         Raises:
-            ValueError: if there is no attack, or images and labels do not match.
+            ValueError: naming ``classifier``, if it has a purifier among its preprocessing defences; naming
+                ``attacked``, if there is no attack, or images and labels do not match.
         """
+        if any(isinstance(defence, Purifier) for defence in classifier.preprocessing_defences or ()):
+            raise ValueError("classifier must have no purifier among its preprocessing_defences, or none is left alone")
         y = np.asarray(y)
         if y.ndim == 2:
             y = y[:, 0] if y.shape[1] == 1 else y.argmax(axis=1)

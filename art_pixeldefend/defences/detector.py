@@ -14,9 +14,10 @@ from torch import Tensor
 
 from art_pixeldefend.batches import map_batches
 from art_pixeldefend.defences.images import Images, check_clip_values
+from art_pixeldefend.defences.parameters import all_or_none
 from art_pixeldefend.defences.purifier import as_pixel_cnn
 from art_pixeldefend.density import PixelCNNpp, checkpoint
-from art_pixeldefend.validation import check_count
+from art_pixeldefend.validation import check_count, check_number
 
 
 class PixelDefendDetector(EvasionDetector):
@@ -157,9 +158,14 @@ class PixelDefendDetector(EvasionDetector):
         self.log_likelihoods = tensors["log_likelihoods"].numpy()
 
     def set_params(self, **kwargs: Any) -> None:
-        """As in ART. Another density model makes the log-likelihoods void: :meth:`fit` or :meth:`load` again."""
+        """As in ART. Another density model makes the log-likelihoods void: :meth:`fit` or :meth:`load` again.
+
+        Raises:
+            ValueError: naming the parameter that is not as described; all of them are left as they were.
+        """
         before = self.pixel_cnn
-        super().set_params(**kwargs)
+        with all_or_none(self):
+            super().set_params(**kwargs)
         if self.pixel_cnn is not before:
             self.log_likelihoods = None
 
@@ -167,8 +173,7 @@ class PixelDefendDetector(EvasionDetector):
         self.pixel_cnn = as_pixel_cnn(self.pixel_cnn)
         self.clip_values = check_clip_values(self.clip_values)
         self.batch_size = check_count("batch_size", self.batch_size)
-        if not isinstance(self.alpha, (int, float)) or not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha must be a probability, got {self.alpha!r}")
+        self.alpha = check_number("alpha", self.alpha, high=1.0)
         if not isinstance(self.verbose, bool):
             raise ValueError(f"verbose must be a bool, got {self.verbose!r}")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 TOP = 255
+PIECE = 2**22  # values that are converted at a time: each takes 24 bytes meanwhile
 
 
 def check_clip_values(value: Any) -> tuple[float, float]:
@@ -59,6 +62,12 @@ class Images:
                 ``clip_values``.
         """
         x = self._nchw(x)
+        if x.dtype == torch.uint8 and (self.low, self.high) == (0, TOP):
+            return x
+        return _in_pieces(self._nearest, x, torch.empty(x.shape, dtype=torch.uint8, device=x.device))
+
+    def _nearest(self, x: Tensor) -> Tensor:
+        """Levels of some images, as :meth:`to_levels`."""
         levels = (x.double() - self.low) * (TOP / (self.high - self.low))
         if levels.numel():
             least, most = levels.min().item(), levels.max().item()
@@ -71,12 +80,13 @@ class Images:
 
     def from_levels(self, levels: Tensor, like: Tensor) -> Tensor:
         """Levels (N, C, H, W) as images of the layout, dtype and device of ``like``."""
-        values = levels.double() / TOP * (self.high - self.low) + self.low
-        if not like.is_floating_point():
-            values = values.round()
-        if not self._is_nchw(like):
-            values = values.movedim(1, -1)
-        return values.to(dtype=like.dtype, device=like.device)
+
+        def values(some: Tensor) -> Tensor:
+            exact = some.double() / TOP * (self.high - self.low) + self.low
+            return exact if like.is_floating_point() else exact.round()
+
+        result = _in_pieces(values, levels, torch.empty(levels.shape, dtype=like.dtype, device=like.device))
+        return result if self._is_nchw(like) else result.movedim(1, -1)
 
     def _nchw(self, x: Tensor) -> Tensor:
         channels, height, width = self.image_shape
@@ -89,3 +99,11 @@ class Images:
 
     def _is_nchw(self, x: Tensor) -> bool:
         return tuple(x.shape[1:]) == tuple(self.image_shape)
+
+
+def _in_pieces(function: Callable[[Tensor], Tensor], x: Tensor, result: Tensor) -> Tensor:
+    """``function`` of ``x`` (N, ...) written into ``result``, a few images at a time."""
+    count = max(1, PIECE // math.prod(x.shape[1:]))
+    for some, into in zip(x.split(count), result.split(count), strict=True):
+        into.copy_(function(some))
+    return result

@@ -14,6 +14,7 @@ from art.defences.preprocessor.preprocessor import PreprocessorPyTorch
 from torch import Tensor
 
 from art_pixeldefend.defences.images import Images, check_clip_values
+from art_pixeldefend.defences.parameters import all_or_none
 from art_pixeldefend.density import PixelCNNpp
 from art_pixeldefend.density.pretrained import names
 from art_pixeldefend.validation import check_count
@@ -74,6 +75,9 @@ class Purifier(PreprocessorPyTorch):
         verbose: show a progress bar.
         device_type: ``"gpu"`` or ``"cpu"``: where a model that is loaded by path or name goes. A model that is passed
             stays where it is.
+
+    Raises:
+        ValueError: naming the argument that is not as described.
     """
 
     params = ["clip_values", "pixel_cnn", "batch_size", "verbose"]
@@ -89,6 +93,8 @@ class Purifier(PreprocessorPyTorch):
         *,
         device_type: str = "gpu",
     ) -> None:
+        if device_type not in ("gpu", "cpu"):
+            raise ValueError(f"device_type must be 'gpu' or 'cpu', got {device_type!r}")
         super().__init__(device_type=device_type, is_fitted=True, apply_fit=apply_fit, apply_predict=apply_predict)
         self.clip_values = clip_values
         self.pixel_cnn = as_pixel_cnn(pixel_cnn, self.device)
@@ -137,6 +143,15 @@ class Purifier(PreprocessorPyTorch):
     def estimate_gradient(self, x: np.ndarray, grad: np.ndarray) -> np.ndarray:
         """The gradient at the purified image, handed through (BPDA); purifying once more would tell nothing new."""
         return grad
+
+    def set_params(self, **kwargs: Any) -> None:
+        """As in ART.
+
+        Raises:
+            ValueError: naming the parameter that is not as described; all of them are left as they were.
+        """
+        with all_or_none(self):
+            super().set_params(**kwargs)
 
     def _check_params(self) -> None:
         self.clip_values = check_clip_values(self.clip_values)

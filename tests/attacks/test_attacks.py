@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from art.attacks.evasion import CarliniLInfMethod, ProjectedGradientDescent
+from art.defences.preprocessor.preprocessor import PreprocessorPyTorch
 from art.estimators.classification import PyTorchClassifier
 from torch import nn
 
@@ -176,6 +177,31 @@ def test_carlini_wagner_does_not_depend_on_the_batch_size():
     assert np.allclose(one, all_, atol=2e-3)
 
 
+def test_carlini_wagner_gets_away_from_the_labels_it_is_given():
+    estimator, x = classifier(), images(count=6) * 0.6 + 0.2
+    wrong = (predictions(estimator, x) + 1) % 4
+    for y in (wrong, np.eye(4, dtype=np.float32)[wrong]):  # the images are away from these labels already
+        assert np.abs(CarliniWagnerLInf(estimator).generate(x, y) - x).max() <= 1.001 / 255
+    assert np.abs(CarliniWagnerLInf(estimator).generate(x) - x).max((1, 2, 3)).min() > 1.001 / 255
+
+
+def test_carlini_wagner_follows_defences_that_the_classifier_gets_later():
+    class Inverted(PreprocessorPyTorch):
+        """Somebody's preprocessor."""
+
+        def forward(self, x, y=None):
+            return 1 - x, y
+
+    defence = Inverted(device_type="cpu", is_fitted=True, apply_fit=False, apply_predict=True)
+    x, changed = images(count=4) * 0.6 + 0.2, classifier()
+    attack = CarliniWagnerLInf(changed, max_iter=30)
+    changed.set_params(preprocessing_defences=[defence])
+    expected = CarliniWagnerLInf(classifier(preprocessing_defences=[defence]), max_iter=30).generate(x)
+    np.testing.assert_array_equal(attack.generate(x), expected)
+    changed.set_params(preprocessing_defences=None)
+    np.testing.assert_array_equal(attack.generate(x), CarliniWagnerLInf(classifier(), max_iter=30).generate(x))
+
+
 def test_arts_carlini_wagner_with_the_reference_constants_moves_no_pixel_by_a_level():
     # Why CarliniWagnerLInf exists; should ART change this, the registry's note has to change as well.
     estimator, x = classifier(), images(count=3) * 0.6 + 0.2
@@ -240,6 +266,33 @@ def test_a_radius_that_is_no_number_of_levels_is_refused(eps):
         make_attack("fgsm", classifier(), eps)
 
 
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        (CarliniWagnerLInf, {"learning_rate": "x"}),
+        (CarliniWagnerLInf, {"learning_rate": 0}),
+        (CarliniWagnerLInf, {"initial_const": None}),
+        (CarliniWagnerLInf, {"largest_const": -1}),
+        (CarliniWagnerLInf, {"const_factor": 1}),
+        (CarliniWagnerLInf, {"const_factor": "x"}),
+        (CarliniWagnerLInf, {"decrease_factor": 1}),
+        (CarliniWagnerLInf, {"decrease_factor": 0}),
+        (CarliniWagnerLInf, {"decrease_factor": [0.9]}),
+        (CarliniWagnerLInf, {"max_iter": 0}),
+        (CarliniWagnerLInf, {"batch_size": 1.5}),
+        (DeepFoolLInf, {"overshoot": "x"}),
+        (DeepFoolLInf, {"overshoot": -0.1}),
+        (DeepFoolLInf, {"max_iter": "x"}),
+        (HalfNormalFGSM, {"delta": "x"}),
+        (HalfNormalFGSM, {"delta": 0}),
+        (HalfNormalBIM, {"delta": float("nan")}),
+    ],
+)
+def test_impossible_arguments_are_refused_by_name(kind, arguments):
+    with pytest.raises(ValueError, match=f"^{next(iter(arguments))} must"):
+        kind(classifier(), **arguments)
+
+
 def test_an_unknown_attack_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="fgsm"):
         make_attack("nope", classifier(), 8)
@@ -264,3 +317,12 @@ def test_clipped_wraps_any_attack_of_art():
     attack = ProjectedGradientDescent(estimator, eps=0.5, eps_step=0.1, max_iter=3, verbose=False)
     attacked = Clipped(attack, eps=4).generate(x)
     assert np.abs(to_levels(attacked, (0, 1)).astype(int) - to_levels(x, (0, 1))).max() == 4
+
+
+def test_clipped_hands_on_the_labels_it_is_given():
+    estimator, x = classifier(), images()
+    attack = ProjectedGradientDescent(estimator, eps=4 / 255, eps_step=1 / 255, max_iter=4, verbose=False)
+    y = np.eye(4, dtype=np.float32)[(predictions(estimator, x) + 1) % 4]
+    attacked = Clipped(attack, eps=4).generate(x, y)
+    np.testing.assert_array_equal(to_levels(attacked, (0, 1)), to_levels(attack.generate(x, y), (0, 1)))
+    assert (attacked != Clipped(attack, eps=4).generate(x)).any()

@@ -149,6 +149,34 @@ def test_adversarial_training_attacks_as_much_of_every_batch_as_the_reference_we
     assert seen == [30] * TINY.steps  # 0.6 / 2.6 of 130
 
 
+def trained_on(digits, monkeypatch, recipe, technique="normal", **arguments):
+    """What a network sees in training when all there is are 16 copies of one digit."""
+    seen, x, y = [], digits.x_train[:1].repeat(16, 0), digits.y_train[:1].repeat(16)
+    model = small("vgg")
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda some: seen.append(some.detach().numpy().copy()) or forward(some))
+    train(model, x, y, recipe, technique, **arguments)
+    return x[0] / 255, np.concatenate(seen)
+
+
+def test_flips_mirror_half_of_the_images(digits, monkeypatch):
+    for flips, low, high in ((True, 0.3, 0.7), (False, 0, 0)):
+        image, seen = trained_on(digits, monkeypatch, replace(TINY, steps=8, flips=flips))
+        mirrored = np.abs(seen - image[..., ::-1]).max((1, 2, 3)) < 1e-6
+        same = np.abs(seen - image).max((1, 2, 3)) < 1e-6
+        assert (mirrored ^ same).all() and low <= mirrored.mean() <= high
+
+
+@pytest.mark.parametrize("technique", ["adversarial-fgsm", "adversarial-bim"])
+def test_delta_is_how_far_adversarial_training_goes(technique, digits, monkeypatch):
+    moved = []
+    for delta in (2, 20):
+        image, seen = trained_on(digits, monkeypatch, TINY, technique, delta=delta)
+        moved.append(np.abs(seen - image).max() * 255)
+        assert moved[-1] <= 2 * delta + 1e-3
+    assert 0 < moved[0] < 5 < moved[1]
+
+
 def test_adversarial_training_prints_nothing(digits, capfd):
     train(small("resnet"), digits.x_train[:64], digits.y_train[:64], TINY, "adversarial-fgsm")
     assert capfd.readouterr() == ("", "")

@@ -115,6 +115,19 @@ def test_another_density_model_makes_the_likelihoods_void(detector, make_model, 
         detector.detect(drawn[:1])
 
 
+def test_parameters_that_are_refused_leave_the_detector_as_it_was(detector, make_model, drawn):
+    before, model = detector.detect(drawn[:5])[0], detector.pixel_cnn
+    with pytest.raises(ValueError, match="alpha"):
+        detector.set_params(pixel_cnn=make_model(SHAPE, seed=9), batch_size=7, alpha=2)
+    assert detector.pixel_cnn is model and detector.alpha == 0.05 and detector.batch_size == 128
+    np.testing.assert_array_equal(detector.detect(drawn[:5])[0]["p_values"], before["p_values"])
+
+
+@pytest.mark.parametrize("alpha", [0, 1, np.float32(0.25), np.float64(0.25), np.int64(1)])
+def test_alpha_may_be_any_real_number_from_0_to_1(pixel_cnn, alpha):
+    assert PixelDefendDetector(pixel_cnn, alpha=alpha).alpha == alpha
+
+
 def test_likelihoods_of_a_bfloat16_model_are_saved_and_loaded(pixel_cnn, drawn, tmp_path):
     reduced = copy.deepcopy(pixel_cnn).bfloat16()
     detector = PixelDefendDetector(reduced, clip_values=(0, 255))
@@ -139,7 +152,16 @@ def test_a_detector_that_was_not_fitted_says_so(pixel_cnn, drawn, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"alpha": 2}, {"alpha": "x"}, {"batch_size": 0}, {"clip_values": (1, 1)}, {"verbose": 3}]
+    "bad",
+    [
+        {"alpha": 2},
+        {"alpha": "x"},
+        {"alpha": np.nan},
+        {"alpha": True},
+        {"batch_size": 0},
+        {"clip_values": (1, 1)},
+        {"verbose": 3},
+    ],
 )
 def test_impossible_arguments_are_refused_by_name(pixel_cnn, bad):
     with pytest.raises(ValueError, match=next(iter(bad))):

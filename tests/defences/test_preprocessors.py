@@ -14,8 +14,10 @@ from art.estimators.classification import BlackBoxClassifier, PyTorchClassifier
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from art_pixeldefend import AdaptivePixelDefend, PixelDefend, greedy_decode
+from art_pixeldefend.defences import images
 from art_pixeldefend.defences.adaptive_pixel_defend import largest_harmless_threshold
 
 SHAPE = (1, 6, 6)
@@ -48,6 +50,13 @@ def classifier(defences=None, model=None, clip_values=(0.0, 1.0), shape=SHAPE, *
         model, nn.CrossEntropyLoss(), shape, 4, optimizer=optimizer, clip_values=clip_values,
         preprocessing_defences=defences, device_type="cpu", **options,
     )  # fmt: skip
+
+
+def largest_allocation(work):
+    """Bytes of the largest tensor that the work makes."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        work()
+    return max((event.self_cpu_memory_usage for event in recorded.events()), default=0)
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +119,40 @@ def test_values_are_rounded_to_the_nearest_level_not_truncated(pixel_cnn, levels
     x = np.clip(levels.astype(np.float64) + offset, 0, 255)
     result, _ = PixelDefend((0, 255), 16, pixel_cnn)(x)
     np.testing.assert_array_equal(result, purified)
+
+
+@pytest.mark.parametrize("clip_values", RANGES)
+@pytest.mark.parametrize("nhwc", [False, True])
+def test_levels_and_values_are_those_of_the_formula_however_large_the_pieces(clip_values, nhwc, monkeypatch):
+    """70 images in pieces of one image and of thirty; for doubles the formula holds to the last bit."""
+    shape, (low, high) = (3, 5, 4), clip_values
+    levels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (70, *shape), dtype=np.uint8))
+    exact = levels.double() / 255 * (high - low) + low
+    x = exact.movedim(1, -1) if nhwc else exact
+    outside = x.clone()
+    outside[65] = high + 1
+    for piece in (1, 30 * 60, images.PIECE):
+        monkeypatch.setattr(images, "PIECE", piece)
+        found = images.Images(shape, clip_values)
+        assert torch.equal(found.to_levels(x), levels)
+        assert torch.equal(found.from_levels(levels, like=x), x)
+        with pytest.raises(ValueError, match=r"x must be within clip_values"):
+            found.to_levels(outside)
+
+
+def test_bytes_are_levels_in_their_own_range_only():
+    x = torch.arange(50, dtype=torch.uint8).reshape(2, 1, 5, 5)
+    for high, factor in ((255, 1), (51, 5)):
+        assert torch.equal(images.Images((1, 5, 5), (0, high)).to_levels(x), factor * x)
+
+
+def test_converting_needs_memory_for_the_result_and_a_piece(monkeypatch):
+    monkeypatch.setattr(images, "PIECE", 1000)
+    x = torch.zeros((50, 1, 40, 40))
+    allocated = largest_allocation(lambda: images.Images((1, 40, 40), (0, 1)).to_levels(x))
+    assert allocated <= x.numel()  # a byte a value: one double more for each would be eight
+    bytes_ = x.byte()
+    assert largest_allocation(lambda: images.Images((1, 40, 40), (0, 255)).to_levels(bytes_)) == 0
 
 
 def test_labels_are_handed_through(pixel_cnn, levels):
@@ -203,7 +246,10 @@ def test_estimate_forward_purifies_and_passes_the_gradient_as_the_identity(pixel
 
 
 def test_estimate_gradient_passes_the_gradient_as_the_identity(pixel_cnn, levels):
-    """The NumPy path: ART takes it when some preprocessor in the chain is not a PyTorch one."""
+    """The NumPy path: ART takes it for estimators of other frameworks than PyTorch.
+
+    (A PyTorch classifier that mixes its own kind of preprocessor with others raises NotImplementedError.)
+    """
     x = in_range(levels, (0, 1))
     defence = PixelDefend(eps=16, pixel_cnn=pixel_cnn)
     for shape in (x.shape, (len(x), 4, *SHAPE)):
@@ -226,6 +272,22 @@ def test_arts_attacks_find_a_gradient_through_the_defence(pixel_cnn, levels, att
     )
     assert (np.abs(attacked - x).reshape(6, -1).max(axis=1) > 0).all()
     assert defended.compute_loss(attacked, y).mean() > defended.compute_loss(x, y).mean()
+
+
+@pytest.mark.parametrize("defence_type", [PixelDefend, AdaptivePixelDefend])
+@pytest.mark.parametrize(("apply_fit", "apply_predict"), [(True, False), (False, True)])
+def test_a_defence_is_applied_where_it_is_told_to_be(
+    pixel_cnn, levels, purified, defence_type, apply_fit, apply_predict, monkeypatch
+):
+    defended = classifier([defence_type(eps=16, pixel_cnn=pixel_cnn, apply_fit=apply_fit, apply_predict=apply_predict)])
+    x, clean = in_range(levels[:1], (0, 1)), in_range(purified[:1], (0, 1))
+    assert (x != clean).any()
+    expected = classifier().predict(clean if apply_predict else x)
+    np.testing.assert_allclose(defended.predict(x), expected, rtol=1e-5, atol=1e-6)
+    seen, forward = [], defended._model.forward
+    monkeypatch.setattr(defended._model, "forward", lambda some: seen.append(some) or forward(some))
+    defended.fit(x, np.eye(4)[:1], nb_epochs=1, batch_size=1)
+    np.testing.assert_allclose(seen[0].numpy(), clean if apply_fit else x, atol=1e-6)
 
 
 # Copies
@@ -252,8 +314,15 @@ def test_set_params_changes_what_it_names_and_checks_it(pixel_cnn, levels):
     defence = PixelDefend(eps=8, pixel_cnn=pixel_cnn)
     defence.set_params(eps=0, clip_values=(0, 255))
     np.testing.assert_array_equal(defence(levels)[0], levels)
+
+
+@pytest.mark.parametrize("defence_type", [PixelDefend, AdaptivePixelDefend])
+def test_parameters_that_are_refused_leave_the_defence_as_it_was(pixel_cnn, levels, purified, defence_type):
+    defence = defence_type((0, 255), 16, pixel_cnn)
     with pytest.raises(ValueError, match="eps"):
-        defence.set_params(eps=-1)
+        defence.set_params(clip_values=(0, 1), batch_size=2, eps=-1)
+    assert (defence.clip_values, defence.batch_size, defence.eps) == ((0, 255), 128, 16)
+    np.testing.assert_array_equal(defence(levels)[0], purified)
 
 
 # Bad input
@@ -273,6 +342,7 @@ def test_set_params_changes_what_it_names_and_checks_it(pixel_cnn, levels):
         ("clip_values", {"clip_values": (0, 1, 2)}),
         ("batch_size", {"batch_size": 0}),
         ("verbose", {"verbose": 1}),
+        ("device_type", {"device_type": "banana"}),
         ("method", {"method": "magic"}),
         ("pixel_cnn", {"pixel_cnn": None}),
         ("pixel_cnn", {"pixel_cnn": nn.Linear(2, 2)}),
@@ -377,3 +447,21 @@ def test_calibration_needs_as_many_labels_as_images(pixel_cnn, levels):
     for attacked in ({}, {"fgsm": in_range(levels, (0, 1))[:2]}):
         with pytest.raises(ValueError, match="attacked"):
             defence.calibrate(classifier(), attacked, np.zeros(6, int))
+
+
+def test_calibration_looks_at_images_in_the_range_of_the_defence(pixel_cnn, levels):
+    bare, y = classifier(), classifier().predict(in_range(levels, (0, 1))).argmax(axis=1)
+    wide = classifier(None, network(spread=255), (0, 255))
+    expected = AdaptivePixelDefend(eps=16, pixel_cnn=pixel_cnn).calibrate(bare, {"none": in_range(levels, (0, 1))}, y)
+    assert expected > 0
+    for x in (levels, in_range(levels, (0, 255))):
+        assert AdaptivePixelDefend((0, 255), 16, pixel_cnn).calibrate(wide, {"none": x}, y) == expected
+
+
+def test_calibration_refuses_a_classifier_that_purifies(pixel_cnn, levels):
+    defence, x = AdaptivePixelDefend(eps=16, pixel_cnn=pixel_cnn, threshold=1.0), in_range(levels, (0, 1))
+    for own in (defence, PixelDefend(eps=16, pixel_cnn=pixel_cnn)):
+        with pytest.raises(ValueError, match=r"^classifier must"):
+            defence.calibrate(classifier([own]), {"none": x}, np.zeros(6, int))
+    assert defence.threshold == 1.0
+    defence.calibrate(classifier([Dim()]), {"none": x}, np.zeros(6, int))
