@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # the commands import what they need when they run: --help an
 
     from art_pixeldefend.density import PixelCNNpp
     from art_pixeldefend.evaluation.team import Team
+    from art_pixeldefend.image_files import ImageSet
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -105,10 +106,10 @@ def purify(
     from art_pixeldefend.image_files import check_target, read_images, write_images
 
     with team() as processes:
-        found = read_images(images)
+        clip_values, pixel_cnn = (0, 255), _model_of(processes, model)
+        found = read_images(images, pixel_cnn.image_shape[:1])
         check_target(out, found)
         options: dict = {"batch_size": batch_size, "verbose": verbose and processes.rank == 0}
-        clip_values, pixel_cnn = (0, 255), _model_of(processes, model)
         if threshold:
             defence = AdaptivePixelDefend(clip_values, eps, pixel_cnn, threshold=threshold, **options)
         else:  # likelihoods need not be known
@@ -135,10 +136,15 @@ def score(
     """
     from art_pixeldefend import PixelDefendDetector
     from art_pixeldefend.evaluation.team import team
+    from art_pixeldefend.targets import check_file
 
     with team() as processes:
-        found = _images_or_test_images(images, data_dir)
+        if out:
+            check_file(out)
         pixel_cnn, shown = _model_of(processes, model), verbose and processes.rank == 0
+        found = _images_or_test_images(images, pixel_cnn, data_dir)
+        if not len(found.levels):
+            raise ValueError(f"{images!r} holds no images, which have no mean")
         detector = PixelDefendDetector(pixel_cnn, (0, 255), batch_size=batch_size, verbose=shown)
         with _throughput(processes, len(found.levels), verbose):
             bits = _shared(processes, found.levels, detector.bits_per_dim)
@@ -170,10 +176,17 @@ def detect(
     """Test whether images are adversarial: permutation p-values and bits per dimension, as CSV."""
     from art_pixeldefend import PixelDefendDetector, datasets
     from art_pixeldefend.defences.purifier import as_pixel_cnn
+    from art_pixeldefend.targets import check_file
 
-    found, pixel_cnn = _images_or_test_images(images, data_dir), as_pixel_cnn(model, name="--model")
+    check_file(out)
+    if likelihoods and not likelihoods.exists():
+        check_file(likelihoods)
+    pixel_cnn = as_pixel_cnn(model, name="--model")
+    found = _images_or_test_images(images, pixel_cnn, data_dir)
     detector = PixelDefendDetector(pixel_cnn, (0, 255), alpha=alpha, batch_size=batch_size, verbose=verbose)
     if likelihoods and likelihoods.exists():
+        if training:
+            typer.echo(f"--training {training} is not read: {likelihoods} is there and holds the likelihoods", err=True)
         detector.load(likelihoods)
     elif training:
         detector.fit(datasets.load(training, data_dir).x_train)
@@ -198,10 +211,15 @@ def sample(
     from art_pixeldefend.defences.purifier import as_pixel_cnn
     from art_pixeldefend.image_files import ImageSet, write_images
     from art_pixeldefend.pictures import write_sheet
+    from art_pixeldefend.targets import check_file
 
     if out.suffix not in (".png", ".npy", ".npz"):
         raise ValueError(f"--out must end in .png, .npy or .npz, got {str(out)!r}")
-    levels = as_pixel_cnn(model, name="--model").sample(count, seed=seed).cpu().numpy()
+    check_file(out)
+    pixel_cnn = as_pixel_cnn(model, name="--model")
+    if out.suffix == ".png" and pixel_cnn.image_shape[0] not in (1, 3):
+        raise ValueError(f"--out must end in .npy or .npz for images of {pixel_cnn.image_shape[0]} channels")
+    levels = pixel_cnn.sample(count, seed=seed).cpu().numpy()
     if out.suffix == ".png":
         write_sheet(out, levels)
     else:
@@ -291,13 +309,13 @@ def _throughput(processes: Team, count: int, verbose: bool) -> Iterator[None]:
         typer.echo(f"{rate:.1f} images/s, {processes.world} process{'es' * (processes.world > 1)}", err=True)
 
 
-def _images_or_test_images(source: str, data_dir: Path | None):
-    """A data set's test images; else those in the folder or file."""
+def _images_or_test_images(source: str, pixel_cnn: PixelCNNpp, data_dir: Path | None) -> ImageSet:
+    """A data set's test images; else those in the folder or file, an array of as many channels as the model has."""
     from art_pixeldefend import datasets
     from art_pixeldefend.image_files import ImageSet, read_images
 
     if source not in datasets.NAMED:
-        return read_images(source)
+        return read_images(source, pixel_cnn.image_shape[:1])
     levels = datasets.load(source, data_dir).x_test
     return ImageSet(levels, [str(i) for i in range(len(levels))], "NCHW")
 

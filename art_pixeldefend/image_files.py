@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
+import secrets
 import shutil
-import tempfile
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -13,10 +15,11 @@ from os import PathLike
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile
 
 from art_pixeldefend.files import write_atomically
 from art_pixeldefend.pictures import as_picture
+from art_pixeldefend.targets import check_file, check_folder
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -36,8 +39,8 @@ class ImageSet:
     layout: str
 
 
-def layout_of(name: str, images: np.ndarray) -> str:
-    """The axes of uint8 images: ``"NHW"``, ``"NCHW"`` or ``"NHWC"``, C 1 or 3.
+def layout_of(name: str, images: np.ndarray, channels: Sequence[int] = (1, 3)) -> str:
+    """The axes of uint8 images: ``"NHW"``, ``"NCHW"`` or ``"NHWC"``, C one of ``channels``.
 
     Raises:
         ValueError: naming the argument ``name``.
@@ -46,20 +49,21 @@ def layout_of(name: str, images: np.ndarray) -> str:
         raise ValueError(f"{name} must be uint8 images (N, H, W[, C]), got {images.dtype} of shape {images.shape}")
     if images.ndim == 3:
         return "NHW"
-    if images.shape[1] in (1, 3):
+    if images.shape[1] in channels:
         return "NCHW"
-    if images.shape[3] in (1, 3):
+    if images.shape[3] in channels:
         return "NHWC"
-    raise ValueError(f"{name} must have 1 or 3 channels, got shape {images.shape}")
+    expected = " or ".join(map(str, channels))
+    raise ValueError(f"{name} must have a number of channels that is {expected}, got shape {images.shape}")
 
 
-def as_nchw(name: str, images: np.ndarray) -> np.ndarray:
-    """uint8 images (N, H, W), (N, H, W, C) or (N, C, H, W), C 1 or 3, as (N, C, H, W).
+def as_nchw(name: str, images: np.ndarray, channels: Sequence[int] = (1, 3)) -> np.ndarray:
+    """uint8 images (N, H, W), (N, H, W, C) or (N, C, H, W), C one of ``channels``, as (N, C, H, W).
 
     Raises:
         ValueError: naming the argument ``name``.
     """
-    layout = layout_of(name, images)
+    layout = layout_of(name, images, channels)
     if layout == "NHW":
         return images[:, None]
     return np.ascontiguousarray(np.moveaxis(images, -1, 1)) if layout == "NHWC" else images
@@ -76,13 +80,25 @@ def read_arrays(path: str | PathLike[str]) -> dict[str, np.ndarray]:
         if isinstance(loaded, np.ndarray):
             return {"x": loaded}
         with loaded as file:
-            return dict(file)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+            arrays = dict(file)
+    except (
+        ValueError, OSError, EOFError, RuntimeError, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+    ) as error:  # fmt: skip
         raise ValueError(f"{str(path)!r} is cut short, or holds more than plain arrays: {error}") from error
+    except (MemoryError, OverflowError) as error:
+        raise ValueError(f"{str(path)!r} says that it holds more than fits into memory: {error}") from error
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise ValueError(f"{str(path)!r} holds more than plain arrays: {name!r} is none")
+    return arrays
 
 
-def read_images(path: str | PathLike[str]) -> ImageSet:
+def read_images(path: str | PathLike[str], channels: Sequence[int] = (1, 3)) -> ImageSet:
     """All images of a folder and its subfolders, or of a ``.npy`` or ``.npz`` file (its array ``x``, or its only one).
+
+    Args:
+        path: the folder or the file.
+        channels: how many an array may have; image files are grey or RGB.
 
     Raises:
         ValueError: naming the file: missing, unreadable, of another size than the others, or no images.
@@ -96,22 +112,23 @@ def read_images(path: str | PathLike[str]) -> ImageSet:
     if "x" not in arrays and len(arrays) != 1:
         raise ValueError(f"{str(path)!r} must hold an array x, or a single one, got {sorted(arrays) or 'none'}")
     images = arrays["x"] if "x" in arrays else next(iter(arrays.values()))
-    names = [str(i) for i in range(len(images))]
-    return ImageSet(as_nchw(str(path), images), names, layout_of(str(path), images))
+    layout, levels = layout_of(str(path), images, channels), as_nchw(str(path), images, channels)
+    return ImageSet(levels, [str(i) for i in range(len(levels))], layout)
 
 
 def check_target(path: str | PathLike[str], like: ImageSet) -> None:
     """Whether :func:`write_images` would take ``path``: to be asked before long work.
 
     Raises:
-        ValueError: if a folder of that name exists already and is not empty, or an array file has another suffix than
-            ``.npy`` and ``.npz``.
+        ValueError: naming ``path``: of a folder, if something other than an empty folder is there; of an array, if a
+            folder is, or the suffix is not ``.npy`` or ``.npz``; of either, if nothing can be written there.
     """
-    path = Path(path)
-    if like.layout != "folder" and path.suffix not in (".npy", ".npz"):
+    if like.layout == "folder":
+        check_folder(path)
+        return
+    if Path(path).suffix not in (".npy", ".npz"):
         raise ValueError(f"arrays are written to .npy or .npz files, got {str(path)!r}")
-    if like.layout == "folder" and path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{str(path)!r} exists already and is not an empty folder")
+    check_file(path)
 
 
 def write_images(path: str | PathLike[str], levels: np.ndarray, like: ImageSet) -> None:
@@ -156,18 +173,32 @@ def _read_file(path: Path) -> Image.Image:
     """As grey if the file is, as RGB otherwise."""
     try:
         with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"{str(path)!r} has more than 8 bits a channel (mode {image.mode}): convert it first")
+            # A photograph in JPEG may bring previews of itself along (MPO).
+            if (frames := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
+                raise ValueError(f"{frames} frames, where one image a file is expected")
+            if _is_deep(image):
+                raise ValueError("more than 8 bits a channel, convert it first")
             return image.convert("L" if image.mode in ("1", "L") else "RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:  # Pillow raises all
         raise ValueError(f"{str(path)!r} cannot be read as an image: {error}") from error
 
 
+def _is_deep(image: ImageFile.ImageFile) -> bool:
+    """Whether an image that is not yet loaded has more than 8 bits a channel; Pillow cuts some of them in silence.
+
+    A raw mode says so, as ``RGB;16B`` does; that of a bitmap with 16 bits a pixel is ``BGR;16``.
+    """
+    if image.mode.startswith(("I", "F")):
+        return True
+    return any(re.search(r"\b(?!BGR;)\w+;16", str(tile[3])) for tile in image.tile)
+
+
 def _write_folder(path: Path, levels: np.ndarray, names: Sequence[str]) -> None:
+    path = path.resolve()  # a link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
-        partial.chmod(0o755)
+        partial.mkdir()
         for image, name in zip(levels, names, strict=True):
             target = (partial / name).with_suffix(".png")  # lossless, whatever the source was
             target.parent.mkdir(parents=True, exist_ok=True)

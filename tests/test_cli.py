@@ -38,10 +38,41 @@ def test_purify_writes_the_purified_array_in_the_form_of_the_input(images, tmp_p
 
 
 def test_purify_refuses_an_output_before_the_work_is_done(images, tmp_path, monkeypatch):
+    monkeypatch.setattr("art_pixeldefend.PixelDefend.__call__", lambda *_, **__: pytest.fail("too late"))
+    for name in ("out.txt", "in.npy/out.npy"):
+        result = run("purify", images, tmp_path / name, "--model", "digits", "--quiet")
+        assert isinstance(result.exception, ValueError) and name in str(result.exception)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.npy"]
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [("score", "--out"), ("detect", "--out"), ("detect", "--likelihoods"), ("sample", "--out")],
+)
+def test_files_that_cannot_be_written_are_refused_before_the_work_is_done(
+    command, option, images, tmp_path, monkeypatch
+):
     monkeypatch.setattr("art_pixeldefend.defences.purifier.as_pixel_cnn", lambda *_, **__: pytest.fail("too late"))
-    result = run("purify", images, tmp_path / "out.txt", "--model", "digits", "--quiet")
-    assert isinstance(result.exception, ValueError) and "out.txt" in str(result.exception)
-    assert not (tmp_path / "out.txt").exists()
+    options = {"--out": tmp_path / "x.csv"} if command == "detect" else {}
+    options = {"--model": "digits"} | options | {option: images / "x.npy"}
+    result = run(
+        command, *([] if command == "sample" else [images]), *(word for pair in options.items() for word in pair)
+    )
+    assert isinstance(result.exception, ValueError) and "in.npy/x.npy" in str(result.exception)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.npy"]
+
+
+def test_purify_leaves_images_below_the_threshold_alone(images, tmp_path, digits_model):
+    bits = digits_model.bits_per_dim(np.load(images)[:, None]).numpy()
+    threshold = float(np.median(bits))
+    arguments = ["purify", images, "--model", "digits", "--eps", 24, "--quiet"]
+    for name, some in (("all", 0), ("unlikely", threshold)):
+        result = run(*arguments[:2], tmp_path / f"{name}.npy", *arguments[2:], "--threshold", some)
+        assert result.exit_code == 0, result.output
+    purified, expected = np.load(tmp_path / "all.npy"), np.load(images)
+    expected[bits >= threshold] = purified[bits >= threshold]
+    np.testing.assert_array_equal(np.load(tmp_path / "unlikely.npy"), expected)
+    assert (expected != purified).any()
 
 
 def test_help_names_every_bundled_model():
@@ -62,6 +93,25 @@ def test_score_prints_the_mean_and_writes_each_image(images, tmp_path, digits_mo
     assert f"{bits.mean():.4f} bits/dim" in result.output
     rows = list(csv.DictReader((tmp_path / "bits.csv").open()))
     np.testing.assert_allclose([float(row["bits_per_dim"]) for row in rows], bits, rtol=1e-6)
+
+
+def test_the_score_of_no_images_is_refused(tmp_path):
+    np.save(tmp_path / "none.npy", np.zeros((0, 8, 8), np.uint8))
+    result = run("score", tmp_path / "none.npy", "--model", "digits", "--quiet")
+    assert isinstance(result.exception, ValueError) and "none.npy" in str(result.exception)
+
+
+def test_arrays_of_the_models_own_number_of_channels_go_from_command_to_command(tmp_path, make_model):
+    make_model((2, 6, 5)).save(tmp_path / "model.safetensors")
+    model = ["--model", tmp_path / "model.safetensors"]
+    assert run("sample", *model, "--out", tmp_path / "x.npy", "--count", 3).exit_code == 0
+    assert run("score", tmp_path / "x.npy", *model, "--quiet").exit_code == 0
+    assert run("purify", tmp_path / "x.npy", tmp_path / "y.npy", *model, "--quiet").exit_code == 0
+    assert np.load(tmp_path / "x.npy").shape == np.load(tmp_path / "y.npy").shape == (3, 2, 6, 5)
+    result = run("score", tmp_path / "x.npy", "--model", "digits", "--quiet")
+    assert isinstance(result.exception, ValueError) and "x.npy" in str(result.exception)
+    result = run("sample", *model, "--out", tmp_path / "x.png")
+    assert isinstance(result.exception, ValueError) and "--out" in str(result.exception)
 
 
 def two_processes(*arguments):
@@ -105,6 +155,33 @@ def test_detect_scores_the_training_images_once(images, tmp_path, monkeypatch):
     rows = list(csv.DictReader(first.splitlines()))
     assert len(rows) == 12 and all(0 < float(row["p_value"]) <= 1 for row in rows)
     assert all((float(row["p_value"]) <= 0.05) == (row["adversarial"] == "1") for row in rows)
+    alpha = float(np.median([float(row["p_value"]) for row in rows]))
+    result = run(*arguments, "--quiet", "--alpha", alpha)
+    assert f"level {alpha:g}" in result.output
+    rows = list(csv.DictReader((tmp_path / "p.csv").open()))
+    assert 6 <= sum(row["adversarial"] == "1" for row in rows) < 12
+    assert all((float(row["p_value"]) <= alpha) == (row["adversarial"] == "1") for row in rows)
+
+
+def test_kept_likelihoods_are_used_from_where_nothing_may_be_written(images, tmp_path, monkeypatch):
+    kept = tmp_path / "kept" / "l.st"
+    arguments = ["detect", images, "--model", "digits", "--out", tmp_path / "p.csv", "--likelihoods", kept, "--quiet"]
+    assert run(*arguments, "--training", "digits").exit_code == 0
+    monkeypatch.setattr("os.access", lambda folder, mode: folder != kept.parent)
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    kept.unlink()
+    result = run(*arguments, "--training", "digits")
+    assert isinstance(result.exception, ValueError) and "l.st" in str(result.exception)
+
+
+def test_detect_says_that_kept_likelihoods_go_before_training_images(images, tmp_path):
+    kept = tmp_path / "l.st"
+    arguments = ["detect", images, "--model", "digits", "--out", tmp_path / "p.csv", "--likelihoods", kept, "--quiet"]
+    assert run(*arguments, "--training", "digits").stderr == ""
+    assert run(*arguments).stderr == ""
+    said = run(*arguments, "--training", "fashion-mnist").stderr
+    assert said.count("\n") == 1 and "--training fashion-mnist" in said and str(kept) in said
 
 
 @pytest.mark.parametrize("name", ["sheet.png", "x.npz"])
