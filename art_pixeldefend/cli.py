@@ -136,7 +136,7 @@ def score(
     """
     from art_pixeldefend import PixelDefendDetector
     from art_pixeldefend.evaluation.team import team
-    from art_pixeldefend.targets import check_file
+    from art_pixeldefend.files import check_file
 
     with team() as processes:
         if out:
@@ -176,7 +176,7 @@ def detect(
     """Test whether images are adversarial: permutation p-values and bits per dimension, as CSV."""
     from art_pixeldefend import PixelDefendDetector, datasets
     from art_pixeldefend.defences.purifier import as_pixel_cnn
-    from art_pixeldefend.targets import check_file
+    from art_pixeldefend.files import check_file
 
     check_file(out)
     if likelihoods and not likelihoods.exists():
@@ -209,9 +209,9 @@ def sample(
 ) -> None:
     """Draw images from a density model."""
     from art_pixeldefend.defences.purifier import as_pixel_cnn
+    from art_pixeldefend.files import check_file
     from art_pixeldefend.image_files import ImageSet, write_images
     from art_pixeldefend.pictures import write_sheet
-    from art_pixeldefend.targets import check_file
 
     if out.suffix not in (".png", ".npy", ".npz"):
         raise ValueError(f"--out must end in .png, .npy or .npz, got {str(out)!r}")

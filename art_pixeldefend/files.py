@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all; and, asked before long work, whether they can be written at all."""
 
 from __future__ import annotations
 
@@ -34,3 +34,39 @@ def write_atomically(path: str | PathLike[str], content: bytes | str) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def check_file(path: str | PathLike[str]) -> None:
+    """Whether a file could be written to ``path``, over an old one or in a folder yet to be made.
+
+    Raises:
+        ValueError: naming ``path``: a folder, or in a place where nothing can be made.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder, where a file is to be written")
+    if path.is_file() or not path.exists():  # a device or a pipe is written to as it is
+        _check_place(path)
+
+
+def check_folder(path: str | PathLike[str]) -> None:
+    """Whether a folder could be put at ``path``, in place of nothing or of an empty one.
+
+    Raises:
+        ValueError: naming ``path``: not an empty folder, the current one, or in a place where nothing can be made.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{str(path)!r} exists already and is not an empty folder")
+    if path.resolve() == Path.cwd():
+        raise ValueError(f"{str(path)!r} is the current folder, which cannot be replaced")
+    _check_place(path)
+
+
+def _check_place(path: Path) -> None:
+    """The nearest folder above that exists must be one, and open to new entries."""
+    above = next(parent for parent in path.resolve().parents if parent.exists())
+    if not above.is_dir():
+        raise ValueError(f"{str(path)!r} cannot be written: {str(above)!r} is no folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"{str(path)!r} cannot be written: no permission in {str(above)!r}")

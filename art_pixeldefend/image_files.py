@@ -17,9 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile
 
-from art_pixeldefend.files import write_atomically
+from art_pixeldefend.files import check_file, check_folder, write_atomically
 from art_pixeldefend.pictures import as_picture
-from art_pixeldefend.targets import check_file, check_folder
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 

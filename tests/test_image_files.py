@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from art_pixeldefend.files import write_atomically
 from art_pixeldefend.image_files import as_nchw, check_target, read_images, write_images
 
 
@@ -114,34 +113,6 @@ def test_nothing_partial_is_left_when_writing_fails(tmp_path):
     with pytest.raises(TypeError):
         write_images(tmp_path / "out", [np.zeros((1, 4, 4), complex)], like=found)
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
-
-
-def test_an_atomic_write_replaces_whole_files_or_nothing(tmp_path, monkeypatch):
-    path = tmp_path / "deep" / "file.txt"
-    write_atomically(path, "old")
-    write_atomically(path, b"new")
-    assert path.read_text() == "new"
-
-    def full_disk(descriptor):
-        raise OSError("no space left")
-
-    monkeypatch.setattr("os.fsync", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        write_atomically(path, "newest")
-    assert path.read_text() == "new" and [file.name for file in path.parent.iterdir()] == ["file.txt"]
-
-
-def test_an_atomic_write_keeps_links_and_what_is_no_file(tmp_path):
-    real, link, pipe = tmp_path / "real", tmp_path / "link", tmp_path / "pipe"
-    real.write_text("old")
-    link.symlink_to(real)
-    write_atomically(link, "new")
-    assert link.is_symlink() and real.read_text() == "new"
-    os.mkfifo(pipe)
-    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    write_atomically(pipe, "through")
-    assert os.read(reader, 100) == b"through" and pipe.is_fifo()
-    os.close(reader)
 
 
 def test_files_that_differ_by_their_suffix_only_are_refused(tmp_path):
@@ -273,14 +244,3 @@ def test_arrays_may_have_as_many_channels_as_are_asked_for(shape, tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "b.npy"), images)
     with pytest.raises(ValueError, match=r"a\.npy.* 1 or 3"):
         read_images(tmp_path / "a.npy")
-
-
-def test_an_atomic_write_makes_ordinary_files_and_leaves_the_process_alone(tmp_path, monkeypatch):
-    (tmp_path / "ordinary").write_text("")
-
-    def refuse(mask):
-        raise AssertionError("the umask is every thread's")
-
-    monkeypatch.setattr("os.umask", refuse)
-    write_atomically(tmp_path / "file", "content")
-    assert (tmp_path / "file").stat().st_mode == (tmp_path / "ordinary").stat().st_mode

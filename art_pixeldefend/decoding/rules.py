@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from art_pixeldefend.density import mixture
-from art_pixeldefend.density.mixture import LEVELS, STRIDE, Components
+from art_pixeldefend.density.mixture import LEVELS, Components
 
-WEIGHED = 1 << 21  # numbers in memory at a time (float64, and some four of each) where levels are weighed
+WEIGHED = 1 << 21  # masses at a time where levels are weighed: 16 MiB, and up to twice that with what is cut off
 
 
 class Rule(ABC):
@@ -50,8 +50,7 @@ class Greedy(Rule):
     def choose(self, parts: Components, pixels: Tensor, channel: int) -> Tensor:
         """The argmax over the range, a bounded number of pixels at a time."""
         low, high = self.low[channel][pixels], self.high[channel][pixels]
-        room = -(-self.window // STRIDE) * STRIDE if self.window > STRIDE else self.window
-        piece = max(1, WEIGHED // (room * parts.means.shape[-1]))
+        piece = max(1, WEIGHED // (self.window * parts.means.shape[-1]))
         if len(low) <= piece:
             return mixture.best_level(parts, low, high)
         pieces = zip(*(part.split(piece) for part in (*parts, low, high)), strict=True)

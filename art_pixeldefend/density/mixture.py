@@ -140,7 +140,7 @@ def masses(mixture: Components, low: Tensor, high: Tensor) -> Tensor:
     end = length.unsqueeze(1)
     total[:, 0] = torch.where(low == 0, lowest, total[:, 0])
     total.scatter_(1, end, torch.where((high == LEVELS - 1).unsqueeze(1), highest.unsqueeze(1), total.gather(1, end)))
-    return total.masked_fill_(numbers[:count] > end, 0.0)
+    return total.masked_fill_(numbers > end, 0.0)
 
 
 def best_level_in_logarithms(mixture: Components, low: Tensor, high: Tensor) -> Tensor:

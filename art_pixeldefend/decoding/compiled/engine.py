@@ -79,9 +79,10 @@ def _run(walks: list[Callable[[], None]], threads: int) -> None:
         for walk in todo:
             walk()
 
-    with ThreadPoolExecutor(max(1, min(threads, len(walks)) - 1)) as pool:
+    others = max(0, min(threads, len(walks)) - 1)
+    with ThreadPoolExecutor(others or 1) as pool:  # which starts no thread before there is work for it
         try:
-            started = [pool.submit(work) for _ in range(min(threads, len(walks)) - 1)]
+            started = [pool.submit(work) for _ in range(others)]
         except BaseException:
             todo = iter(())
             raise

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from art_pixeldefend.targets import check_file, check_folder
+from art_pixeldefend.files import check_file, check_folder, write_atomically
 
 
 @pytest.fixture
@@ -57,3 +57,42 @@ def test_a_place_without_permission_is_refused(check, places, monkeypatch):
     check(places / "new")
     with pytest.raises(ValueError, match=r"deep/new.*permission"):
         check(places / "empty" / "deep" / "new")
+
+
+def test_an_atomic_write_replaces_whole_files_or_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "file.txt"
+    write_atomically(path, "old")
+    write_atomically(path, b"new")
+    assert path.read_text() == "new"
+
+    def full_disk(descriptor):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        write_atomically(path, "newest")
+    assert path.read_text() == "new" and [file.name for file in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_an_atomic_write_keeps_links_and_what_is_no_file(tmp_path):
+    real, link, pipe = tmp_path / "real", tmp_path / "link", tmp_path / "pipe"
+    real.write_text("old")
+    link.symlink_to(real)
+    write_atomically(link, "new")
+    assert link.is_symlink() and real.read_text() == "new"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_atomically(pipe, "through")
+    assert os.read(reader, 100) == b"through" and pipe.is_fifo()
+    os.close(reader)
+
+
+def test_an_atomic_write_makes_ordinary_files_and_leaves_the_process_alone(tmp_path, monkeypatch):
+    (tmp_path / "ordinary").write_text("")
+
+    def refuse(mask):
+        raise AssertionError("the umask is every thread's")
+
+    monkeypatch.setattr("os.umask", refuse)
+    write_atomically(tmp_path / "file", "content")
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
