@@ -14,9 +14,9 @@ import typer
 if TYPE_CHECKING:  # the commands import what they need when they run: --help answers at once
     import numpy as np
 
-    from art_pixeldefend.density import PixelCNNpp
-    from art_pixeldefend.evaluation.team import Team
     from art_pixeldefend.image_files import ImageSet
+    from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
+    from art_pixeldefend.processes import Team
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -68,9 +68,9 @@ def train(
     import torch
 
     from art_pixeldefend import datasets
-    from art_pixeldefend.defences.purifier import as_pixel_cnn
-    from art_pixeldefend.density.trainer import Settings
-    from art_pixeldefend.density.trainer import train as run
+    from art_pixeldefend.models.training import Settings
+    from art_pixeldefend.models.training import train as run
+    from art_pixeldefend.models.zoo import as_pixel_cnn
 
     settings = Settings(
         filters=filters, resnets=resnets, mixtures=mixtures, dropout=dropout, steps=steps, batch_size=batch_size,
@@ -102,8 +102,8 @@ def purify(
     Several processes share the images: torchrun --nproc-per-node 2 -m art_pixeldefend purify ...
     """
     from art_pixeldefend import AdaptivePixelDefend, PixelDefend
-    from art_pixeldefend.evaluation.team import team
     from art_pixeldefend.image_files import check_target, read_images, write_images
+    from art_pixeldefend.processes import team
 
     with team() as processes:
         clip_values, pixel_cnn = (0, 255), _model_of(processes, model)
@@ -135,8 +135,8 @@ def score(
     Several processes share the images: torchrun --nproc-per-node 2 -m art_pixeldefend score ...
     """
     from art_pixeldefend import PixelDefendDetector
-    from art_pixeldefend.evaluation.team import team
     from art_pixeldefend.files import check_file
+    from art_pixeldefend.processes import team
 
     with team() as processes:
         if out:
@@ -175,8 +175,8 @@ def detect(
 ) -> None:
     """Test whether images are adversarial: permutation p-values and bits per dimension, as CSV."""
     from art_pixeldefend import PixelDefendDetector, datasets
-    from art_pixeldefend.defences.purifier import as_pixel_cnn
     from art_pixeldefend.files import check_file
+    from art_pixeldefend.models.zoo import as_pixel_cnn
 
     check_file(out)
     if likelihoods and not likelihoods.exists():
@@ -208,9 +208,9 @@ def sample(
     seed: Annotated[int, typer.Option(help="of the noise")] = 0,
 ) -> None:
     """Draw images from a density model."""
-    from art_pixeldefend.defences.purifier import as_pixel_cnn
     from art_pixeldefend.files import check_file
     from art_pixeldefend.image_files import ImageSet, write_images
+    from art_pixeldefend.models.zoo import as_pixel_cnn
     from art_pixeldefend.pictures import write_sheet
 
     if out.suffix not in (".png", ".npy", ".npz"):
@@ -261,8 +261,8 @@ def grid(
     """Regenerate the paper's table of a data set: attacks, defences, classifiers. Stopped, it goes on where it was."""
     import torch
 
-    from art_pixeldefend.defences.purifier import as_pixel_cnn
     from art_pixeldefend.evaluation.runner import run
+    from art_pixeldefend.models.zoo import as_pixel_cnn
 
     if model:
         as_pixel_cnn(model, name="--model")  # now, and not in the cells after hours of training
@@ -280,7 +280,7 @@ def _model_of(processes: Team, model: str) -> PixelCNNpp:
     """The density model, on the process's own GPU where there are GPUs."""
     import torch
 
-    from art_pixeldefend.defences.purifier import as_pixel_cnn
+    from art_pixeldefend.models.zoo import as_pixel_cnn
 
     gpus = torch.cuda.device_count()
     device = torch.device(f"cuda:{processes.rank % gpus}" if gpus else "cpu")

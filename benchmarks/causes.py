@@ -32,7 +32,6 @@ from published import RESULTS, Chunk, DataDir, PixelCnn, Shorter, command, table
 from art_pixeldefend import PixelCNNpp, datasets, greedy_decode
 from art_pixeldefend.attacks import ATTACKS, make_attack
 from art_pixeldefend.attacks.budget import LEVELS, bim_steps, from_levels, level, to_levels
-from art_pixeldefend.defences.purifier import as_pixel_cnn
 from art_pixeldefend.evaluation import runner
 from art_pixeldefend.evaluation.drawing import drawn_row
 from art_pixeldefend.evaluation.grid import Cell, Row
@@ -40,6 +39,7 @@ from art_pixeldefend.evaluation.stages import Stages
 from art_pixeldefend.evaluation.store import UNIT, Store
 from art_pixeldefend.evaluation.table import title
 from art_pixeldefend.files import write_atomically
+from art_pixeldefend.models.zoo import as_pixel_cnn
 
 EPS_DEFEND = 32  # the table's
 OTHERS = (16, 24, 40, 48, 64)

@@ -26,8 +26,8 @@ from torch import Tensor
 from yardstick import conditions, fastest_forward, forward, seconds
 
 from art_pixeldefend import PixelCNNpp, datasets, greedy_decode
-from art_pixeldefend.decoding import ENGINES, certify, choose_engine
-from art_pixeldefend.defences.purifier import as_pixel_cnn
+from art_pixeldefend.models.pixelcnnpp.decoders import ENGINES, certify, choose_engine
+from art_pixeldefend.models.zoo import as_pixel_cnn
 
 SIZES, BATCHES = (8, 16, 28, 32, 64), (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 

@@ -21,7 +21,7 @@ from published import RESULTS, Chunk, DataDir, PixelCnn, Shorter, Work, command,
 
 from art_pixeldefend import datasets
 from art_pixeldefend.evaluation import runner
-from art_pixeldefend.evaluation.ascent import figure_5
+from art_pixeldefend.evaluation.paper.ascent import figure_5
 from art_pixeldefend.evaluation.stages import Stages
 from art_pixeldefend.evaluation.store import Store
 from art_pixeldefend.files import write_atomically

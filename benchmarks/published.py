@@ -19,14 +19,14 @@ import torch
 import typer
 
 from art_pixeldefend import classifiers, datasets
-from art_pixeldefend.defences.purifier import as_pixel_cnn
-from art_pixeldefend.density import pretrained
 from art_pixeldefend.evaluation import runner, table
 from art_pixeldefend.evaluation.grid import GRIDS, Grid, Row
 from art_pixeldefend.evaluation.stages import Stages
 from art_pixeldefend.evaluation.store import Store
 from art_pixeldefend.evaluation.table import title
 from art_pixeldefend.files import write_atomically
+from art_pixeldefend.models import zoo
+from art_pixeldefend.models.zoo import as_pixel_cnn
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -35,7 +35,7 @@ PLACES = {
     "--work": "FOLDER", "--results": "FOLDER", "--data-dir": "FOLDER", "--density-model": "FILE",
     "--classifier": "FILE", "--out": "FILE", "--output": "FILE",
 }  # fmt: skip
-NAMES = {"--pixel-cnn": pretrained.names(), "--model": pretrained.names(), "--data": list(datasets.NAMED)}
+NAMES = {"--pixel-cnn": zoo.names(), "--model": zoo.names(), "--data": list(datasets.NAMED)}
 
 
 def command(script: str) -> str:

@@ -22,9 +22,9 @@ import typer
 from published import DataDir, command
 
 from art_pixeldefend import PixelCNNpp, classifiers, datasets, greedy_decode
-from art_pixeldefend.defences.purifier import as_pixel_cnn
 from art_pixeldefend.evaluation import runner
 from art_pixeldefend.files import write_atomically
+from art_pixeldefend.models.zoo import as_pixel_cnn
 
 
 def purified(model: PixelCNNpp, x: np.ndarray, eps: int) -> tuple[np.ndarray, float]:

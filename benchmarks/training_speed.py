@@ -24,9 +24,9 @@ from published import command
 from yardstick import conditions
 
 from art_pixeldefend import PixelCNNpp, datasets
-from art_pixeldefend.density.gradients import Eager, gradients_of
-from art_pixeldefend.density.trainer import Loss, Settings, State, bf16_pays
 from art_pixeldefend.files import write_atomically
+from art_pixeldefend.models.gradients import Eager, gradients_of
+from art_pixeldefend.models.training import Loss, Settings, State, bf16_pays
 
 
 def stepper(model: PixelCNNpp, plain: bool, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -25,10 +25,10 @@ from torch import nn
 
 from art_pixeldefend import classifiers, datasets
 from art_pixeldefend.attacks import ATTACKS, Clipped, make_attack
-from art_pixeldefend.defences import PixelDefend
 from art_pixeldefend.evaluation.grid import defences
 from art_pixeldefend.evaluation.preprocessors import InTurn, preprocessor
 from art_pixeldefend.evaluation.table import wilson
+from art_pixeldefend.purifiers import PixelDefend
 
 UNIT = (0.0, 1.0)
 

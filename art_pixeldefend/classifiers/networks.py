@@ -15,7 +15,7 @@ from torch import nn
 from art_pixeldefend.classifiers.layers import Network
 from art_pixeldefend.classifiers.resnet import ResNet
 from art_pixeldefend.classifiers.vgg import VGG
-from art_pixeldefend.density import checkpoint
+from art_pixeldefend.models import checkpoint
 
 NETWORKS: dict[str, type[Network]] = {"resnet": ResNet, "vgg": VGG}
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from art_pixeldefend.attacks.training import HalfNormalBIM, HalfNormalFGSM
 from art_pixeldefend.classifiers.layers import Network
 from art_pixeldefend.classifiers.networks import as_art
-from art_pixeldefend.density.trainer import bf16_pays
+from art_pixeldefend.devices import bf16_pays
 
 SMOOTHING = 0.1  # what label smoothing takes from the true class
 RATIO = 0.6 / 2.6  # of a batch that adversarial training attacks

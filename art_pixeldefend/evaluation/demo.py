@@ -17,10 +17,11 @@ from torch import nn
 
 from art_pixeldefend import __version__, datasets
 from art_pixeldefend.attacks import ATTACKS, PAPER, make_attack
-from art_pixeldefend.defences import AdaptivePixelDefend, PixelDefend, PixelDefendDetector
-from art_pixeldefend.density import PixelCNNpp
+from art_pixeldefend.detectors import PixelDefendDetector
 from art_pixeldefend.evaluation import figures
 from art_pixeldefend.files import write_atomically
+from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
+from art_pixeldefend.purifiers import AdaptivePixelDefend, PixelDefend
 
 EPS_ATTACK, EPS_DEFEND = 40, 56  # of 255 levels; a digit's own steps are 16
 VALIDATION = 100  # test images that choose the adaptive threshold; the table is of the others

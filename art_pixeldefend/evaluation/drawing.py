@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from art_pixeldefend.attacks.budget import to_levels
-from art_pixeldefend.defences.detector import permutation_p_values
+from art_pixeldefend.detectors.pixel_defend import permutation_p_values
 from art_pixeldefend.evaluation import figures
 from art_pixeldefend.evaluation.grid import CLEAN, Cell, Grid, Row
 from art_pixeldefend.evaluation.stages import Stages
 from art_pixeldefend.evaluation.store import UNIT
 from art_pixeldefend.evaluation.table import TITLES
-from art_pixeldefend.evaluation.team import Team
 from art_pixeldefend.files import write_atomically
+from art_pixeldefend.processes import Team
 
 DEFENCE = "pixeldefend"
 NOISE = TITLES["rand"]

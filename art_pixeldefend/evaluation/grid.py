@@ -222,7 +222,7 @@ def _check(name: str, values: tuple[str, ...], known: Any) -> None:
 # The paper's tables
 
 
-ART_PIXELDEFEND = "art_pixeldefend.evaluation.art_pixel_defend.ArtPixelDefend"
+ART_PIXELDEFEND = "art_pixeldefend.evaluation.paper.art_pixel_defend.ArtPixelDefend"
 
 
 def defences(eps: int, bit_depth: int) -> dict[str, tuple[Step, ...]]:
@@ -232,10 +232,10 @@ def defences(eps: int, bit_depth: int) -> dict[str, tuple[Step, ...]]:
             ("art.defences.preprocessor.FeatureSqueezing", {"bit_depth": bit_depth}),
             ("art.defences.preprocessor.SpatialSmoothing", {"window_size": 2, "channels_first": True}),
         ),
-        "pixeldefend": (("art_pixeldefend.defences.PixelDefend", {"eps": eps}),),
+        "pixeldefend": (("art_pixeldefend.purifiers.PixelDefend", {"eps": eps}),),
         "art-pixeldefend": ((ART_PIXELDEFEND, {"eps": eps}),),
         "adaptive-pixeldefend": (
-            ("art_pixeldefend.defences.AdaptivePixelDefend", {"eps": eps, "threshold": "calibrated"}),
+            ("art_pixeldefend.purifiers.AdaptivePixelDefend", {"eps": eps, "threshold": "calibrated"}),
         ),
     }
 
@@ -313,7 +313,7 @@ PAPER_DELTAS = {("fashion-mnist", 25): 25}  # the others: 8
 @cache
 def paper_accuracies() -> Mapping[tuple[str, str, str, str, str, int], float]:
     """The paper's percentages by (data set, network, training, defence, attack, eps)."""
-    with (Path(__file__).parent / "paper.csv").open(newline="") as file:
+    with (Path(__file__).parent / "paper" / "tables.csv").open(newline="") as file:
         return {_key(line): float(line["accuracy_percent"]) for line in csv.DictReader(file)}
 
 

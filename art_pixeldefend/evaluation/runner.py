@@ -21,13 +21,13 @@ from tqdm import tqdm
 
 from art_pixeldefend import __version__, datasets
 from art_pixeldefend.evaluation import drawing, table
-from art_pixeldefend.evaluation.ascent import figure_5
 from art_pixeldefend.evaluation.cost import estimate
 from art_pixeldefend.evaluation.grid import GRIDS, Cell, Grid, paper_accuracy
+from art_pixeldefend.evaluation.paper.ascent import figure_5
 from art_pixeldefend.evaluation.stages import Stages
 from art_pixeldefend.evaluation.store import Store
-from art_pixeldefend.evaluation.team import Team, team
 from art_pixeldefend.files import write_atomically
+from art_pixeldefend.processes import Team, team
 from art_pixeldefend.validation import check_count
 
 Results = dict[Cell, dict[str, Any]]

@@ -18,12 +18,13 @@ from art_pixeldefend.attacks.budget import clip_to_ball, from_levels
 from art_pixeldefend.classifiers.layers import Network
 from art_pixeldefend.classifiers.training import Recipe, shortened
 from art_pixeldefend.datasets import Dataset
-from art_pixeldefend.defences import AdaptivePixelDefend, PixelDefendDetector
-from art_pixeldefend.defences.purifier import as_pixel_cnn
-from art_pixeldefend.density import PixelCNNpp
+from art_pixeldefend.detectors import PixelDefendDetector
 from art_pixeldefend.evaluation.grid import CLEAN, Cell, Grid, Row
 from art_pixeldefend.evaluation.preprocessors import Step, preprocessor, takes
 from art_pixeldefend.evaluation.store import UNIT, Settings, Store, digest
+from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
+from art_pixeldefend.models.zoo import as_pixel_cnn
+from art_pixeldefend.purifiers import AdaptivePixelDefend
 
 CALIBRATED = "calibrated"
 T = TypeVar("T")

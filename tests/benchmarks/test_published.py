@@ -46,7 +46,7 @@ def fails(*args, **kwargs):
 
 
 def test_a_table_is_published_where_a_threshold_cannot_be_chosen(published, tmp_path, monkeypatch):
-    monkeypatch.setattr("art_pixeldefend.defences.AdaptivePixelDefend.calibrate", fails)
+    monkeypatch.setattr("art_pixeldefend.purifiers.AdaptivePixelDefend.calibrate", fails)
     files = publish(published, tmp_path, figures=())
     assert set(files) == {".md", ".csv", ".json"}
     assert "not today" in files[".md"].read_text() and facts(files)["thresholds_bits_per_dim"] == {}

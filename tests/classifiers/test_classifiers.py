@@ -199,7 +199,7 @@ def test_a_broken_file_is_refused(tmp_path):
 
 
 def test_a_foreign_checkpoint_is_refused(tmp_path):
-    from art_pixeldefend.density import checkpoint
+    from art_pixeldefend.models import checkpoint
 
     checkpoint.write(tmp_path / "a.safetensors", {"x": torch.zeros(1)}, {"kind": "other"})
     with pytest.raises(ValueError, match="no classifier"):

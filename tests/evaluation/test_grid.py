@@ -15,8 +15,7 @@ import pytest
 from art.defences.preprocessor import PixelDefend as ArtsPixelDefend
 
 from art_pixeldefend import PixelDefendDetector, datasets
-from art_pixeldefend.evaluation import ascent, cost, drawing, runner, store, table
-from art_pixeldefend.evaluation.art_pixel_defend import ArtPixelDefend, Conditionals
+from art_pixeldefend.evaluation import cost, drawing, runner, store, table
 from art_pixeldefend.evaluation.grid import (
     CLEAN,
     GRIDS,
@@ -28,10 +27,12 @@ from art_pixeldefend.evaluation.grid import (
     paper_accuracy,
     per_radius,
 )
+from art_pixeldefend.evaluation.paper import ascent
+from art_pixeldefend.evaluation.paper.art_pixel_defend import ArtPixelDefend, Conditionals
 from art_pixeldefend.evaluation.preprocessors import InTurn, preprocessor
 from art_pixeldefend.evaluation.stages import Stages
 from art_pixeldefend.evaluation.store import Store, digest
-from art_pixeldefend.evaluation.team import Team
+from art_pixeldefend.processes import Team
 
 # Squeezing stands for every defence: it costs nothing. Four chunks, so that two processes have two each.
 SOURCE = """Grid(
@@ -192,7 +193,7 @@ def test_a_threshold_that_cannot_be_chosen_is_tried_once_and_stops_no_other_row(
         calls.append(args)
         raise FloatingPointError("no threshold in sight")
 
-    monkeypatch.setattr("art_pixeldefend.defences.AdaptivePixelDefend.calibrate", fail)
+    monkeypatch.setattr("art_pixeldefend.purifiers.AdaptivePixelDefend.calibrate", fail)
     grid = replace(TINY, rows=(ADAPTIVE, replace(ADAPTIVE, threat="through"), Row("vgg")), images=4, steps=2, eps=(16,))
     text = run(tmp_path, grid)
     assert len(calls) == 1

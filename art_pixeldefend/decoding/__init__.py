@@ -1,6 +1,0 @@
-"""Finding the purified image: every engine gives exactly what Algorithm 1 gives."""
-
-from art_pixeldefend.decoding.certify import Certificate, certify
-from art_pixeldefend.decoding.decode import ENGINES, choose_engine, greedy_decode, sample
-
-__all__ = ["ENGINES", "Certificate", "certify", "choose_engine", "greedy_decode", "sample"]

@@ -1,5 +1,0 @@
-"""The fastest engine for CPUs: Numba, every activation computed once, images in parallel on threads."""
-
-from art_pixeldefend.decoding.compiled.engine import decode
-
-__all__ = ["decode"]

@@ -1,0 +1,1 @@
+"""What only the tables and figures of Song et al. (ICLR 2018) need."""

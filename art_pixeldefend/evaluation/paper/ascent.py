@@ -1,0 +1,176 @@
+"""Purification by following the density model's gradient, which greedy decoding is compared with (Figure 5)."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+
+from art_pixeldefend.attacks.budget import LEVELS, to_levels
+from art_pixeldefend.evaluation import figures
+from art_pixeldefend.evaluation.drawing import drawn_row
+from art_pixeldefend.evaluation.grid import Cell
+from art_pixeldefend.evaluation.stages import Stages
+from art_pixeldefend.evaluation.store import UNIT
+from art_pixeldefend.files import write_atomically
+from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
+from art_pixeldefend.models.pixelcnnpp.layers import kept_weights
+from art_pixeldefend.processes import Team, team
+
+ATTACK, EPS = "fgsm", 8  # the paper's
+METHOD = "L-BFGS-B"
+
+
+def bits_and_gradient(pixel_cnn: PixelCNNpp, x: np.ndarray) -> tuple[float, np.ndarray]:
+    """Bits per dimension of a real-valued image (C, H, W) in 0..255, and its gradient, in bits per level.
+
+    A value z has the mass of the model between z - 1/2 and z + 1/2, open-ended at 0 and 255: on levels it is what
+    ``bits_per_dim`` gives.
+    """
+    image = torch.tensor(x[None], dtype=pixel_cnn.dtype, device=pixel_cnn.device, requires_grad=True)
+    with pixel_cnn.evaluating():
+        nats = -pixel_cnn.sub_pixel_log_probs(image).double().sum()
+    bits = nats / (x.size * math.log(2))
+    (gradient,) = torch.autograd.grad(bits, image)
+    return bits.item(), gradient[0].double().cpu().numpy()
+
+
+def ascend(
+    pixel_cnn: PixelCNNpp, x: np.ndarray, eps: int, *, seed: int = 0, iterations: int | None = None
+) -> tuple[np.ndarray, int]:
+    """The likeliest image that SciPy's L-BFGS-B finds around ``x`` from one random start (section 4.1).
+
+    Args:
+        pixel_cnn: the density model.
+        x: levels (C, H, W), uint8.
+        eps: radius in levels; the start is uniform in the ball.
+        seed: of the start.
+        iterations: at most so many; SciPy's own limit by default.
+
+    Returns:
+        Levels (C, H, W), uint8, rounded in the end; and how often the model was asked.
+    """
+    low, high = (np.clip(x.astype(np.float64) + change, 0, LEVELS - 1) for change in (-eps, eps))
+    start = np.random.default_rng(seed).uniform(low, high)
+
+    def objective(values: np.ndarray) -> tuple[float, np.ndarray]:
+        bits, gradient = bits_and_gradient(pixel_cnn, values.reshape(x.shape))
+        return bits, gradient.ravel()
+
+    bounds = np.stack([low.ravel(), high.ravel()], axis=1)
+    options = {} if iterations is None else {"maxiter": iterations}
+    with kept_weights(pixel_cnn):
+        found = minimize(objective, start.ravel(), jac=True, method=METHOD, bounds=bounds, options=options)
+    return np.clip(np.rint(found.x.reshape(x.shape)), low, high).astype(np.uint8), found.nfev
+
+
+def figure_5(
+    stages: Stages,
+    path: str | PathLike[str],
+    *,
+    images: int = 10,
+    starts: int = 100,
+    iterations: int | None = None,
+) -> dict[str, Any]:
+    """Bits per dimension of the first test images: clean, under FGSM, decoded greedily, and after L-BFGS-B.
+
+    Every image's results are kept in the grid's store; under ``torchrun`` the processes share the images out.
+
+    Args:
+        stages: of a grid with a bare PixelDefend row; FGSM has a radius of 8 levels, or the row's first.
+        path: of the figure (PNG and PDF without an ending), with the numbers beside it as JSON.
+        images: the paper: 10.
+        starts: of L-BFGS-B for each image (the paper: 100).
+        iterations: most of one start; SciPy's own limit by default, as in the paper.
+
+    Returns:
+        The numbers.
+
+    Raises:
+        ValueError: if the grid has no bare PixelDefend row, or its chunks hold fewer images.
+    """
+    row, chunk = drawn_row(stages.grid), min(stages.grid.chunk, len(stages.data.x_test))
+    if row is None or not 0 < images <= chunk:
+        raise ValueError(f"images must be between 1 and {chunk}, of a grid with a bare pixeldefend row, got {images}")
+    radii = stages.grid.eps_of(row)
+    eps = EPS if EPS in radii else radii[0]
+    cell = Cell(row, ATTACK, eps)
+    with team() as processes:
+        if processes.rank == 0:  # the others then read what it made
+            stages.defended(cell, 0, chunk)
+        processes.gather(None)
+        # The grid's own chunk: its attacked and purified images may be there already.
+        kinds = {
+            "clean": stages.clean(0, chunk),
+            "FGSM": stages.attacked(cell, 0, chunk),
+            "greedy decoding": stages.defended(cell, 0, chunk),
+        }
+        levels = {name: to_levels(some[:images], UNIT) for name, some in kinds.items()}
+        searched = _searched(stages, cell, levels["FGSM"], starts, iterations, processes)
+        bits = {name: stages.pixel_cnn.bits_per_dim(some).tolist() for name, some in levels.items()}
+        numbers = _numbers(bits, searched) | {
+            "eps_attack": eps, "eps_defend": _eps_defend(stages, cell), "images": images, "starts": starts,
+            "iterations": iterations, "paper": {"images": 10, "starts": 100},
+        }  # fmt: skip
+        if processes.rank == 0:
+            ends = np.concatenate([image["bits_per_dim"] for image in searched])
+            figures.likelihood_densities(path, {name: np.array(b) for name, b in bits.items()} | {METHOD: ends})
+            write_atomically(Path(path).with_suffix(".json"), json.dumps(numbers, indent=1) + "\n")
+        processes.gather(None)
+    return numbers
+
+
+def _eps_defend(stages: Stages, cell: Cell) -> int:
+    return dict(stages.steps(cell.row)[0][1])["eps"]
+
+
+def _searched(
+    stages: Stages, cell: Cell, attacked: np.ndarray, starts: int, iterations: int | None, processes: Team
+) -> list[dict[str, Any]]:
+    """For every image the bits per dimension where each start ended, and how often the model was asked."""
+    shared: dict[str, Any] = {
+        "attack": stages.attack_key(cell, 0, stages.grid.chunk),
+        "pixel_cnn": stages.pixel_cnn_key,
+    }
+    shared |= {"eps": _eps_defend(stages, cell), "iterations": iterations}
+
+    def one(i: int, start: int) -> dict[str, Any]:
+        key = shared | {"image": i, "start": start}
+        if (kept := stages.store.read("ascent", key)) is None:
+            began = time.perf_counter()
+            # Seeds of their own, so that further starts add to those there are.
+            found, asked = ascend(
+                stages.pixel_cnn, attacked[i], shared["eps"], seed=100_000 * i + start, iterations=iterations
+            )
+            bits = float(stages.pixel_cnn.bits_per_dim(found[None]))
+            kept = {"bits_per_dim": bits, "evaluations": asked, "seconds": round(time.perf_counter() - began, 2)}
+            stages.store.write("ascent", key, kept)
+        return kept
+
+    tasks = [(i, start) for start in range(starts) for i in range(len(attacked))]
+    mine = {task: one(*task) for task in processes.share(tasks)}
+    everyone = {task: found for part in processes.gather(mine) for task, found in part.items()}
+    names = ("bits_per_dim", "evaluations", "seconds")
+    return [{name: [everyone[i, s][name] for s in range(starts)] for name in names} for i in range(len(attacked))]
+
+
+def _numbers(bits: dict[str, list[float]], searched: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the figure shows, in numbers."""
+    ends = np.array([image["bits_per_dim"] for image in searched])
+    attacked, greedy = (np.array(bits[name])[:, None] for name in ("FGSM", "greedy decoding"))
+    mean = {name: float(np.mean(values)) for name, values in bits.items()} | {METHOD: float(ends.mean())}
+    return {
+        "mean_bits_per_dim": mean,
+        "share_of_starts_less_likely_than_attacked": float((ends > attacked).mean()),
+        "share_of_starts_less_likely_than_greedy": float((ends > greedy).mean()),
+        "bits_per_dim": bits | {METHOD: ends.tolist()},
+        "evaluations_per_start": float(np.mean([image["evaluations"] for image in searched])),
+        "seconds_per_start": float(np.mean([image["seconds"] for image in searched])),
+    }

@@ -1,0 +1,279 @@
+"""The density model users hold: PixelCNN++ over 8-bit images, speaking in levels."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from art_pixeldefend.devices import full_float32
+from art_pixeldefend.models import checkpoint, zoo
+from art_pixeldefend.models.pixelcnnpp import mixture
+from art_pixeldefend.models.pixelcnnpp.layers import WeightNormConv2d, kept_weights
+from art_pixeldefend.models.pixelcnnpp.network import PixelCNNppNetwork
+from art_pixeldefend.validation import check_count, check_image_shape, check_levels, check_probability
+
+SCORING_CHUNK = 16  # images a pass: on a CPU larger ones lose more to memory allocation than they gain
+GPU_SCORING_CHUNK = 256  # a GPU is not busy with fewer
+LEVEL_CHUNK = 32  # levels at a time where all 256 are asked for
+
+_modes = threading.Lock()
+_evaluating: WeakKeyDictionary[PixelCNNpp, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
+
+
+class PixelCNNpp(nn.Module):
+    """PixelCNN++ (Salimans et al. 2017, arXiv:1701.05517) with the 256-way softmax of PixelDefend (arXiv:1710.10766).
+
+        p(x) = prod over rows i, columns j, channels k of p(x[k, i, j] | the sub-pixels before it in that order)
+
+    Every public method takes 8-bit *levels*: integers 0..255 in NCHW, of any dtype, as a tensor or an array.
+
+    Args:
+        image_shape: (C, H, W); any C, H and W.
+        filters: feature maps of every hidden layer (the paper: 160 for CIFAR-10, 40 for Fashion-MNIST).
+        resnets: gated resnets per stage (the paper: 5).
+        mixtures: logistic components per sub-pixel (the paper: 10).
+        dropout: probability in training.
+
+    Raises:
+        ValueError: naming the argument that is not a positive integer, or not a probability.
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        filters: int = 40,
+        resnets: int = 5,
+        mixtures: int = 10,
+        dropout: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.image_shape = check_image_shape(image_shape)
+        self.filters = check_count("filters", filters)
+        self.resnets = check_count("resnets", resnets)
+        self.mixtures = check_count("mixtures", mixtures)
+        self.dropout = check_probability("dropout", dropout)
+        self.provenance: dict[str, Any] = {}
+        channels = self.image_shape[0]
+        outputs = mixture.parameters_per_pixel(channels, self.mixtures)
+        self.network = PixelCNNppNetwork(channels, outputs, self.filters, self.resnets, self.dropout)
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """The arguments that build this model again."""
+        names = ("image_shape", "filters", "resnets", "mixtures", "dropout")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.network.head.bias.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the parameters are stored in."""
+        return self.network.head.bias.dtype
+
+    # One pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mixture parameters (N, P, H, W) of levels (N, C, H, W); a pixel's depend on the pixels before it only."""
+        return self.network((x.to(self.dtype) - mixture.HALF) / mixture.HALF)
+
+    def sub_pixel_log_probs(self, x: Tensor) -> Tensor:
+        """log p(x[k, i, j] | before) in nats, (N, C, H, W), differentiable: minus the training loss."""
+        params = self._mixture_parameters(x)
+        levels = x.to(params.dtype).movedim(1, -1)
+        channels = range(self.image_shape[0])
+        per_channel = [mixture.log_prob(mixture.components(params, levels, k), levels[..., k]) for k in channels]
+        return torch.stack(per_channel, dim=1)
+
+    def _mixture_parameters(self, x: Tensor) -> Tensor:
+        """Those of levels ``x``, (N, H, W, P); at least in float32, which reduced precision does not extend to."""
+        params = self(x).movedim(1, -1)
+        return params.float() if params.dtype.itemsize < 4 else params
+
+    # What users ask
+
+    @torch.no_grad()
+    def conditional_log_probs(self, x: Tensor | np.ndarray) -> Tensor:
+        """log p(z | the sub-pixels of x before this one) of every level z, in nats.
+
+        Args:
+            x: levels (N, C, H, W).
+
+        Returns:
+            (N, C, H, W, 256), on the model's device, float32 or the model's dtype where that is more precise.
+
+        Raises:
+            ValueError: if ``x`` is not a batch of levels of the model's image shape.
+        """
+        x = self.as_levels(x)
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        out = torch.empty(*x.shape, mixture.LEVELS, device=self.device, dtype=dtype)
+        z = torch.arange(mixture.LEVELS, device=self.device, dtype=dtype)
+        with self.evaluating(), kept_weights(self):
+            for chunk, result in zip(x.split(SCORING_CHUNK), out.split(SCORING_CHUNK), strict=True):
+                params, pixels = self._mixture_parameters(chunk), chunk.to(dtype).movedim(1, -1)
+                for k in range(self.image_shape[0]):
+                    parts = mixture.components(params, pixels, k).for_each_level()
+                    for levels, logs in zip(z.split(LEVEL_CHUNK), result[:, k].split(LEVEL_CHUNK, -1), strict=True):
+                        logs.copy_(mixture.log_prob(parts, levels))
+        return out
+
+    @torch.no_grad()
+    def log_prob(self, x: Tensor | np.ndarray) -> Tensor:
+        """log p(x) in nats, (N,) in float64.
+
+        Args:
+            x: levels (N, C, H, W).
+
+        Raises:
+            ValueError: if ``x`` is not a batch of levels of the model's image shape.
+        """
+        x = self.as_levels(x)
+        with self.evaluating(), kept_weights(self):
+            pieces = x.split(GPU_SCORING_CHUNK if x.is_cuda else SCORING_CHUNK)
+            chunks = [self.sub_pixel_log_probs(piece).double().sum((1, 2, 3)) for piece in pieces]
+        return torch.cat(chunks)
+
+    def bits_per_dim(self, x: Tensor | np.ndarray) -> Tensor:
+        """-log p(x) / (C H W log 2), (N,) in float64 (PixelDefend, section 2.3).
+
+        Args:
+            x: levels (N, C, H, W).
+
+        Raises:
+            ValueError: if ``x`` is not a batch of levels of the model's image shape.
+        """
+        return -self.log_prob(x) / (math.prod(self.image_shape) * math.log(2))
+
+    def sample(self, count: int, *, seed: int = 0) -> Tensor:
+        """Images drawn from the model: levels (count, C, H, W), uint8, the same for the same seed.
+
+        Raises:
+            ValueError: if ``count`` is negative.
+        """
+        from art_pixeldefend.models.pixelcnnpp.decoders import (
+            sample,  # the one look upwards: sampling is decoding with noise
+        )
+
+        return sample(self, count, seed=seed)
+
+    # Life of a model
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor | np.ndarray) -> None:
+        """Data-dependent initialisation: one pass over levels ``x`` (the paper: 100 images) sets gains and biases.
+
+        Every layer's outputs then have mean 0 and a set deviation (Salimans and Kingma 2016, arXiv:1602.07868).
+
+        Raises:
+            ValueError: if ``x`` is empty, or not a batch of levels of the model's image shape.
+        """
+        x = self.as_levels(x)
+        if not len(x):
+            raise ValueError("x must hold at least one image to initialise from")
+        layers = [layer for layer in self.modules() if isinstance(layer, WeightNormConv2d)]
+        hooks = [layer.register_forward_pre_hook(lambda layer, args: layer.initialise(*args)) for layer in layers]
+        try:
+            with self.evaluating():
+                self(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """No dropout inside, and float32 in full precision on any device.
+
+        Modes and settings found are restored, by the last one out where several threads are inside.
+        """
+        with _modes:
+            inside, training = _evaluating.get(self, (0, []))
+            found = [module for module in self.modules() if module.training]
+            for module in found:
+                module.training = False
+            _evaluating[self] = inside + 1, training + found
+        try:
+            with full_float32():
+                yield
+        finally:
+            with _modes:
+                inside, training = _evaluating.pop(self)
+                if inside > 1:
+                    _evaluating[self] = inside - 1, training
+                else:
+                    for module in training:
+                        module.training = True
+
+    def as_levels(self, x: Tensor | np.ndarray, name: str = "x") -> Tensor:
+        """``x`` checked, as a uint8 tensor on the model's device.
+
+        Raises:
+            ValueError: if ``x`` is not a batch of levels of the model's image shape, naming it ``name``.
+        """
+        return check_levels(name, x, self.image_shape).to(self.device)
+
+    def fingerprint(self) -> str:
+        """A SHA-256 of configuration and parameters: tells models apart, whatever they are called."""
+        digest = hashlib.sha256(repr(self.configuration).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write a safetensors file with the configuration and ``provenance`` in its header, all at once or not at all.
+
+        Raises:
+            TypeError: if ``provenance`` holds what JSON does not know.
+            OSError: if the file cannot be written.
+        """
+        header = {"configuration": self.configuration, "provenance": self.provenance}
+        checkpoint.write(path, self.state_dict(), header)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> PixelCNNpp:
+        """The model in a file that :meth:`save` wrote, in evaluation mode on the CPU. Nothing is unpickled.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is truncated, corrupted, or holds something else.
+        """
+        tensors, header = checkpoint.read(path)
+        try:
+            model = cls(**header["configuration"])
+            model.load_state_dict(tensors)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"path {str(path)!r} holds no PixelCNNpp model: {error}") from error
+        model.provenance = header.get("provenance", {})
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(cls, name: str) -> PixelCNNpp:
+        """A bundled model: ``"digits"``, ``"fashion-mnist"`` or ``"fashion-mnist-40x5"``. Its card lies beside it.
+
+        Raises:
+            ValueError: if no model of that name is bundled, naming those that are.
+        """
+        return cls.load(zoo.path(name))
+
+
+def check_pixel_cnn(value: Any) -> None:
+    """Is it a model?
+
+    Raises:
+        ValueError: naming ``pixel_cnn``.
+    """
+    if not isinstance(value, PixelCNNpp):
+        raise ValueError(f"pixel_cnn must be a PixelCNNpp (from_pretrained and load make one), got {value!r}")

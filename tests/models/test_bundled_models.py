@@ -1,0 +1,57 @@
+"""The models that come with the package: what their cards say, and that fast decoding is exact on them."""
+
+import re
+
+import numpy as np
+import pytest
+
+from art_pixeldefend import PixelCNNpp, greedy_decode
+from art_pixeldefend.models import zoo
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_every_bundled_model_has_a_card_that_states_its_header(name):
+    model, card = PixelCNNpp.from_pretrained(name), zoo.path(name).with_suffix(".md").read_text()
+    assert name.startswith(model.provenance["dataset"])
+    assert f"{model.provenance['test_bits_per_dim']:.4f} bits/dim" in card
+    assert re.search(r"art[-_]pixeldefend(\.density\.trainer import Settings,)? train", card)
+
+
+def test_digits_bits_per_dim_is_what_its_card_says(digits, digits_model):
+    assert digits_model.bits_per_dim(digits.x_test).mean().item() == pytest.approx(
+        digits_model.provenance["test_bits_per_dim"], abs=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist", "fashion-mnist-40x5"])
+def test_fashion_mnist_bits_per_dim_is_near_what_its_card_says_on_some_test_images(fashion_mnist, name):
+    """All 10,000 take minutes: ``art-pixeldefend score fashion-mnist --model fashion-mnist``."""
+    model = PixelCNNpp.from_pretrained(name)
+    bits = model.bits_per_dim(fashion_mnist.x_test[:200]).numpy()
+    error = bits.std() / np.sqrt(len(bits))
+    assert abs(bits.mean() - model.provenance["test_bits_per_dim"]) < 4 * error
+
+
+def attacked(x, eps, seed=0):
+    """Images whose every sub-pixel is moved by eps up or down, as sign attacks do."""
+    signs = np.random.default_rng(seed).choice([-eps, eps], x.shape)
+    return np.clip(x.astype(int) + signs, 0, 255).astype(np.uint8)
+
+
+METHODS = ("fixed-point", "cached", "auto")
+
+
+def test_fast_decoding_equals_the_reference_on_64_attacked_digits(digits, digits_model):
+    x = attacked(digits.x_test[:64], 32)
+    expected = greedy_decode(digits_model, x, 48, "reference")
+    assert (expected != x).mean() > 0.5
+    for method in METHODS:
+        np.testing.assert_array_equal(greedy_decode(digits_model, x, 48, method), expected, err_msg=method)
+
+
+def test_fast_decoding_equals_the_reference_on_4_attacked_fashion_mnist_images(fashion_mnist):
+    model = PixelCNNpp.from_pretrained("fashion-mnist")
+    x = attacked(fashion_mnist.x_test[:4], 25)
+    expected = greedy_decode(model, x, 32, "reference")
+    for method in METHODS:
+        np.testing.assert_array_equal(greedy_decode(model, x, 32, method), expected, err_msg=method)
