@@ -68,9 +68,10 @@ def train(
     import torch
 
     from art_pixeldefend import datasets
+    from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
     from art_pixeldefend.models.training import Settings
     from art_pixeldefend.models.training import train as run
-    from art_pixeldefend.models.zoo import as_pixel_cnn
+    from art_pixeldefend.models.zoo import as_model
 
     settings = Settings(
         filters=filters, resnets=resnets, mixtures=mixtures, dropout=dropout, steps=steps, batch_size=batch_size,
@@ -78,7 +79,7 @@ def train(
     )  # fmt: skip
     images = datasets.load(data, data_dir)
     cpu = torch.device("cpu")
-    start = as_pixel_cnn(start_from, cpu, name="--start-from") if start_from else None
+    start = as_model(start_from, PixelCNNpp, cpu, name="--start-from") if start_from else None
     model = run(
         settings, images.x_train, images.x_test, out, start=start,
         resume=resume, device=device, mixed_precision=mixed_precision, verbose=verbose,
@@ -176,12 +177,13 @@ def detect(
     """Test whether images are adversarial: permutation p-values and bits per dimension, as CSV."""
     from art_pixeldefend import PixelDefendDetector, datasets
     from art_pixeldefend.files import check_file
-    from art_pixeldefend.models.zoo import as_pixel_cnn
+    from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
+    from art_pixeldefend.models.zoo import as_model
 
     check_file(out)
     if likelihoods and not likelihoods.exists():
         check_file(likelihoods)
-    pixel_cnn = as_pixel_cnn(model, name="--model")
+    pixel_cnn = as_model(model, PixelCNNpp, name="--model")
     found = _images_or_test_images(images, pixel_cnn, data_dir)
     detector = PixelDefendDetector(pixel_cnn, (0, 255), alpha=alpha, batch_size=batch_size, verbose=verbose)
     if likelihoods and likelihoods.exists():
@@ -210,13 +212,14 @@ def sample(
     """Draw images from a density model."""
     from art_pixeldefend.files import check_file
     from art_pixeldefend.image_files import ImageSet, write_images
-    from art_pixeldefend.models.zoo import as_pixel_cnn
+    from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
+    from art_pixeldefend.models.zoo import as_model
     from art_pixeldefend.pictures import write_sheet
 
     if out.suffix not in (".png", ".npy", ".npz"):
         raise ValueError(f"--out must end in .png, .npy or .npz, got {str(out)!r}")
     check_file(out)
-    pixel_cnn = as_pixel_cnn(model, name="--model")
+    pixel_cnn = as_model(model, PixelCNNpp, name="--model")
     if out.suffix == ".png" and pixel_cnn.image_shape[0] not in (1, 3):
         raise ValueError(f"--out must end in .npy or .npz for images of {pixel_cnn.image_shape[0]} channels")
     levels = pixel_cnn.sample(count, seed=seed).cpu().numpy()
@@ -262,10 +265,11 @@ def grid(
     import torch
 
     from art_pixeldefend.evaluation.runner import run
-    from art_pixeldefend.models.zoo import as_pixel_cnn
+    from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
+    from art_pixeldefend.models.zoo import as_model
 
     if model:
-        as_pixel_cnn(model, name="--model")  # now, and not in the cells after hours of training
+        as_model(model, PixelCNNpp, name="--model")  # now, and not in the cells after hours of training
     if name == "digits":
         torch.set_num_threads(1)  # as in the demo
     typer.echo(
@@ -280,11 +284,12 @@ def _model_of(processes: Team, model: str) -> PixelCNNpp:
     """The density model, on the process's own GPU where there are GPUs."""
     import torch
 
-    from art_pixeldefend.models.zoo import as_pixel_cnn
+    from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
+    from art_pixeldefend.models.zoo import as_model
 
     gpus = torch.cuda.device_count()
     device = torch.device(f"cuda:{processes.rank % gpus}" if gpus else "cpu")
-    return as_pixel_cnn(model, device, name="--model")
+    return as_model(model, PixelCNNpp, device, name="--model")
 
 
 def _shared(processes: Team, x: np.ndarray, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:

@@ -1,18 +1,19 @@
-"""Files that are there whole or not at all; and, asked before long work, whether they can be written at all."""
+"""Atomic writes, and checks that a path is writable before a long computation starts."""
 
 from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
 
 def write_atomically(path: str | PathLike[str], content: bytes | str) -> None:
-    """Write beside ``path``, flush to the disk, then rename: a reader finds the old file or the new one.
+    """Write ``content`` to ``path``, as :func:`replacing` does.
 
-    Folders on the way are made. A link stays one: what it points to is replaced. What is no file (``/dev/stdout``, a
-    pipe) is written to as it is.
+    What is not a regular file (``/dev/stdout``, a pipe) is written to as it is.
 
     Raises:
         OSError: if the file cannot be written; nothing partial is left.
@@ -22,18 +23,42 @@ def write_atomically(path: str | PathLike[str], content: bytes | str) -> None:
     if path.exists() and not path.is_file():
         path.write_bytes(data)
         return
-    path = path.resolve()
+    with replacing(path) as partial:
+        partial.write_bytes(data)
+
+
+@contextmanager
+def replacing(path: str | PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` to write a file to; flush it to the disk and rename it to ``path``.
+
+    A reader finds the old file or the new one, also after a power cut. Missing folders are created. A symbolic link
+    is kept: the file that it points to is replaced.
+
+    Raises:
+        OSError: if the file cannot be written; nothing partial is left.
+    """
+    path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
-        with partial.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield partial
+        _flush(partial)
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+    _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot open folders
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_file(path: str | PathLike[str]) -> None:

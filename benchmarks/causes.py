@@ -39,7 +39,7 @@ from art_pixeldefend.evaluation.stages import Stages
 from art_pixeldefend.evaluation.store import UNIT, Store
 from art_pixeldefend.evaluation.table import title
 from art_pixeldefend.files import write_atomically
-from art_pixeldefend.models.zoo import as_pixel_cnn
+from art_pixeldefend.models.zoo import as_model
 
 EPS_DEFEND = 32  # the table's
 OTHERS = (16, 24, 40, 48, 64)
@@ -159,7 +159,7 @@ def main(
     grid = table_grid("fashion-mnist", pixel_cnn=pixel_cnn, chunk=chunk, shorter=shorter)
     causes = Causes(Stages(grid, datasets.load(grid.dataset, data_dir), Store(work)), images)
     models = {Path(grid.pixel_cnn).name: causes.stages.pixel_cnn} | {
-        path.parent.name: as_pixel_cnn(path) for path in density_model
+        path.parent.name: as_model(path, PixelCNNpp, name="pixel_cnn") for path in density_model
     }
     result = {
         "command": command("causes.py"),

@@ -27,7 +27,7 @@ from yardstick import conditions, fastest_forward, forward, seconds
 
 from art_pixeldefend import PixelCNNpp, datasets, greedy_decode
 from art_pixeldefend.models.pixelcnnpp.decoders import ENGINES, certify, choose_engine
-from art_pixeldefend.models.zoo import as_pixel_cnn
+from art_pixeldefend.models.zoo import as_model
 
 SIZES, BATCHES = (8, 16, 28, 32, 64), (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
@@ -61,7 +61,7 @@ def arguments() -> argparse.Namespace:
 def make_model(options: argparse.Namespace, image_shape: tuple[int, int, int]) -> PixelCNNpp:
     """Build the model asked for: a checkpoint's, or one that has just been initialised."""
     if options.model:
-        return as_pixel_cnn(options.model, torch.device(options.device), name="--model")
+        return as_model(options.model, PixelCNNpp, torch.device(options.device), name="--model")
     torch.manual_seed(0)
     model = PixelCNNpp(image_shape, options.filters, options.resnets, options.mixtures).eval()
     model.initialise(synthetic_images(16, image_shape))

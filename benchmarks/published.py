@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import typer
 
-from art_pixeldefend import classifiers, datasets
+from art_pixeldefend import PixelCNNpp, classifiers, datasets
 from art_pixeldefend.evaluation import runner, table
 from art_pixeldefend.evaluation.grid import GRIDS, Grid, Row
 from art_pixeldefend.evaluation.stages import Stages
@@ -26,7 +26,7 @@ from art_pixeldefend.evaluation.store import Store
 from art_pixeldefend.evaluation.table import title
 from art_pixeldefend.files import write_atomically
 from art_pixeldefend.models import zoo
-from art_pixeldefend.models.zoo import as_pixel_cnn
+from art_pixeldefend.models.zoo import as_model
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -133,7 +133,7 @@ def publish(
     Raises:
         FileNotFoundError: if the density model is not there, before anything is computed.
     """
-    as_pixel_cnn(grid.pixel_cnn, torch.device("cpu"), name="--pixel-cnn")
+    as_model(grid.pixel_cnn, PixelCNNpp, torch.device("cpu"), name="--pixel-cnn")
     stages = Stages(grid, datasets.load(grid.dataset, data_dir), Store(work))
     outcome = runner.carry_out(stages, figures=bool(figures))
     if int(os.environ.get("RANK", "0")) > 0:

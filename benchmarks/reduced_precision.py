@@ -24,7 +24,7 @@ from published import DataDir, command
 from art_pixeldefend import PixelCNNpp, classifiers, datasets, greedy_decode
 from art_pixeldefend.evaluation import runner
 from art_pixeldefend.files import write_atomically
-from art_pixeldefend.models.zoo import as_pixel_cnn
+from art_pixeldefend.models.zoo import as_model
 
 
 def purified(model: PixelCNNpp, x: np.ndarray, eps: int) -> tuple[np.ndarray, float]:
@@ -62,7 +62,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="JSON file")] = None,
 ) -> None:
     """Decode in both precisions and compare."""
-    pixel_cnn = as_pixel_cnn(model, name="--model")
+    pixel_cnn = as_model(model, PixelCNNpp, name="--model")
     test = datasets.load(data, data_dir)
     clean = test.x_test[:images].astype(int)
     shift = np.random.default_rng(0).integers(-noise, noise + 1, clean.shape)

@@ -52,7 +52,7 @@ def test_purify_refuses_an_output_before_the_work_is_done(images, tmp_path, monk
 def test_files_that_cannot_be_written_are_refused_before_the_work_is_done(
     command, option, images, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("art_pixeldefend.models.zoo.as_pixel_cnn", lambda *_, **__: pytest.fail("too late"))
+    monkeypatch.setattr("art_pixeldefend.models.zoo.as_model", lambda *_, **__: pytest.fail("too late"))
     options = {"--out": tmp_path / "x.csv"} if command == "detect" else {}
     options = {"--model": "digits"} | options | {option: images / "x.npy"}
     result = run(
@@ -81,7 +81,7 @@ def test_help_names_every_bundled_model():
 
 @pytest.mark.parametrize("command", ["score", "detect"])
 def test_a_folder_is_refused_as_a_table_before_the_work_is_done(command, images, tmp_path, monkeypatch):
-    monkeypatch.setattr("art_pixeldefend.models.zoo.as_pixel_cnn", lambda *_, **__: pytest.fail("too late"))
+    monkeypatch.setattr("art_pixeldefend.models.zoo.as_model", lambda *_, **__: pytest.fail("too late"))
     result = run(command, images, "--model", "digits", "--out", tmp_path, "--quiet")
     assert result.exit_code == 2 and "--out" in result.output
 

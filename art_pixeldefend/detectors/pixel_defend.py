@@ -16,7 +16,7 @@ from art_pixeldefend.batches import map_batches
 from art_pixeldefend.levels import Images, check_clip_values
 from art_pixeldefend.models import checkpoint
 from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
-from art_pixeldefend.models.zoo import as_pixel_cnn
+from art_pixeldefend.models.zoo import as_model
 from art_pixeldefend.purifiers.parameters import all_or_none
 from art_pixeldefend.validation import check_count, check_number
 
@@ -54,7 +54,7 @@ class PixelDefendDetector(EvasionDetector):
         verbose: bool = False,
     ) -> None:
         super().__init__()
-        self.pixel_cnn = as_pixel_cnn(pixel_cnn)
+        self.pixel_cnn = as_model(pixel_cnn, PixelCNNpp, name="pixel_cnn")
         self.clip_values, self.alpha = clip_values, alpha
         self.batch_size, self.verbose = batch_size, verbose
         self.log_likelihoods: np.ndarray | None = None
@@ -171,7 +171,7 @@ class PixelDefendDetector(EvasionDetector):
             self.log_likelihoods = None
 
     def _check_params(self) -> None:
-        self.pixel_cnn = as_pixel_cnn(self.pixel_cnn)
+        self.pixel_cnn = as_model(self.pixel_cnn, PixelCNNpp, name="pixel_cnn")
         self.clip_values = check_clip_values(self.clip_values)
         self.batch_size = check_count("batch_size", self.batch_size)
         self.alpha = check_number("alpha", self.alpha, high=1.0)

@@ -23,7 +23,7 @@ from art_pixeldefend.evaluation.grid import CLEAN, Cell, Grid, Row
 from art_pixeldefend.evaluation.preprocessors import Step, preprocessor, takes
 from art_pixeldefend.evaluation.store import UNIT, Settings, Store, digest
 from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
-from art_pixeldefend.models.zoo import as_pixel_cnn
+from art_pixeldefend.models.zoo import as_model
 from art_pixeldefend.purifiers import AdaptivePixelDefend
 
 CALIBRATED = "calibrated"
@@ -61,7 +61,7 @@ class Stages:
     @cached_property
     def pixel_cnn(self) -> PixelCNNpp:
         """The density model, loaded when first needed, where ART puts classifiers."""
-        return as_pixel_cnn(self.grid.pixel_cnn)
+        return as_model(self.grid.pixel_cnn, PixelCNNpp, name="pixel_cnn")
 
     # Classifiers
 

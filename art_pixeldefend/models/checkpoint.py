@@ -1,32 +1,36 @@
-"""Tensors and a JSON header in one safetensors file: written whole or not at all, read without unpickling."""
+"""Safetensors files with a JSON header: written atomically, read without unpickling."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
-from art_pixeldefend.files import write_atomically
+from art_pixeldefend.files import replacing
 
-KEY = "art_pixeldefend"  # safetensors' metadata maps strings to strings; ours is one JSON text under this key
+FORMAT = 1
+KEY = "art_pixeldefend"  # the metadata of safetensors maps strings to strings; the header is JSON under this key
 
 
 def write(path: str | PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write ``tensors`` and the JSON-serialisable ``header`` to ``path``.
+    """Write ``tensors`` and ``header`` to ``path``; the header gets an entry ``format``.
 
     Raises:
-        TypeError: if the header holds what JSON does not know.
-        OSError: if the file cannot be written; whatever was at ``path`` is then still there.
+        TypeError: if the header holds values that JSON cannot represent.
+        OSError: if the file cannot be written; a file that was at ``path`` is then still there.
     """
+    text = json.dumps({"format": FORMAT, **header})
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, save(contiguous, metadata={KEY: json.dumps(header)}))
+    with replacing(path) as partial:
+        save_file(contiguous, partial, metadata={KEY: text})
 
 
 def read(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -34,15 +38,33 @@ def read(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises:
         FileNotFoundError: if there is no file at ``path``.
-        ValueError: if the file is truncated, corrupted, or not written by :func:`write`.
+        ValueError: if the file is truncated, corrupted, not written by :func:`write`, or of a newer format.
     """
+    with _opened(path) as (file, header):
+        return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
+
+
+def read_header(path: str | PathLike[str]) -> dict[str, Any]:
+    """The header alone, without reading the tensors.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`read`.
+    """
+    with _opened(path) as (_, header):
+        return header
+
+
+@contextmanager
+def _opened(path: str | PathLike[str]) -> Iterator[tuple[Any, dict[str, Any]]]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"path {os.fspath(path)!r} is not a file")
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})[KEY])
-            return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118
-    except (SafetensorError, KeyError, ValueError, RuntimeError, OverflowError) as error:
+            if header.get("format", 0) > FORMAT:
+                raise ValueError(f"format {header['format']} was written by a newer version of art-pixeldefend")
+            yield file, header
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         raise ValueError(
-            f"path {os.fspath(path)!r} is truncated, corrupted or no checkpoint of ours: {error}"
+            f"path {os.fspath(path)!r} is truncated, corrupted or not a file of art-pixeldefend: {error}"
         ) from error

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from art_pixeldefend.levels import Images, check_clip_values
 from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
-from art_pixeldefend.models.zoo import as_pixel_cnn
+from art_pixeldefend.models.zoo import as_model
 from art_pixeldefend.purifiers.parameters import all_or_none
 from art_pixeldefend.validation import check_count
 
@@ -71,7 +71,7 @@ class Purifier(PreprocessorPyTorch):
             raise ValueError(f"device_type must be 'gpu' or 'cpu', got {device_type!r}")
         super().__init__(device_type=device_type, is_fitted=True, apply_fit=apply_fit, apply_predict=apply_predict)
         self.clip_values = clip_values
-        self.pixel_cnn = as_pixel_cnn(pixel_cnn, self.device)
+        self.pixel_cnn = as_model(pixel_cnn, PixelCNNpp, self.device, name="pixel_cnn")
         self.batch_size = batch_size
         self.verbose = verbose
 
@@ -129,7 +129,7 @@ class Purifier(PreprocessorPyTorch):
 
     def _check_params(self) -> None:
         self.clip_values = check_clip_values(self.clip_values)
-        self.pixel_cnn = as_pixel_cnn(self.pixel_cnn, self.device)
+        self.pixel_cnn = as_model(self.pixel_cnn, PixelCNNpp, self.device, name="pixel_cnn")
         self.batch_size = check_count("batch_size", self.batch_size)
         if not isinstance(self.verbose, bool):
             raise ValueError(f"verbose must be a bool, got {self.verbose!r}")

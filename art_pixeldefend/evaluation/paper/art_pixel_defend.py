@@ -12,7 +12,7 @@ from art.estimators.estimator import BaseEstimator, NeuralNetworkMixin
 
 from art_pixeldefend.attacks.budget import LEVELS, to_levels
 from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
-from art_pixeldefend.models.zoo import as_pixel_cnn
+from art_pixeldefend.models.zoo import as_model
 
 UNIT = (0.0, 1.0)
 
@@ -40,7 +40,7 @@ class ArtPixelDefend(PixelDefend):
         pixel_cnn: PixelCNNpp | str | PathLike[str] | None = None,
         batch_size: int = 16,
     ) -> None:
-        super().__init__(clip_values, eps, Conditionals(as_pixel_cnn(pixel_cnn)), batch_size)
+        super().__init__(clip_values, eps, Conditionals(as_model(pixel_cnn, PixelCNNpp, name="pixel_cnn")), batch_size)
 
     def __call__(self, x: np.ndarray, y: Any | None = None) -> tuple[np.ndarray, Any | None]:
         """``x`` (N, C, H, W) in [0, 1] and the same purified, batch by batch: 256 numbers a sub-pixel take memory."""

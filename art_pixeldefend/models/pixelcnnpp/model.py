@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from os import PathLike
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from art_pixeldefend.devices import full_float32
-from art_pixeldefend.models import checkpoint, zoo
+from art_pixeldefend.models.base import ImageModel
 from art_pixeldefend.models.pixelcnnpp import mixture
 from art_pixeldefend.models.pixelcnnpp.layers import WeightNormConv2d, kept_weights
 from art_pixeldefend.models.pixelcnnpp.network import PixelCNNppNetwork
-from art_pixeldefend.validation import check_count, check_image_shape, check_levels, check_probability
+from art_pixeldefend.validation import check_count, check_image_shape, check_probability
 
 SCORING_CHUNK = 16  # images a pass: on a CPU larger ones lose more to memory allocation than they gain
 GPU_SCORING_CHUNK = 256  # a GPU is not busy with fewer
 LEVEL_CHUNK = 32  # levels at a time where all 256 are asked for
 
-_modes = threading.Lock()
-_evaluating: WeakKeyDictionary[PixelCNNpp, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
 
-
-class PixelCNNpp(nn.Module):
+class PixelCNNpp(ImageModel):
     """PixelCNN++ (Salimans et al. 2017, arXiv:1701.05517) with the 256-way softmax of PixelDefend (arXiv:1710.10766).
 
         p(x) = prod over rows i, columns j, channels k of p(x[k, i, j] | the sub-pixels before it in that order)
@@ -48,6 +38,8 @@ class PixelCNNpp(nn.Module):
         ValueError: naming the argument that is not a positive integer, or not a probability.
     """
 
+    kind = "pixelcnnpp"
+
     def __init__(
         self,
         image_shape: tuple[int, int, int],
@@ -62,26 +54,9 @@ class PixelCNNpp(nn.Module):
         self.resnets = check_count("resnets", resnets)
         self.mixtures = check_count("mixtures", mixtures)
         self.dropout = check_probability("dropout", dropout)
-        self.provenance: dict[str, Any] = {}
         channels = self.image_shape[0]
         outputs = mixture.parameters_per_pixel(channels, self.mixtures)
         self.network = PixelCNNppNetwork(channels, outputs, self.filters, self.resnets, self.dropout)
-
-    @property
-    def configuration(self) -> dict[str, Any]:
-        """The arguments that build this model again."""
-        names = ("image_shape", "filters", "resnets", "mixtures", "dropout")
-        return {name: getattr(self, name) for name in names}
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return self.network.head.bias.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the parameters are stored in."""
-        return self.network.head.bias.dtype
 
     # One pass
 
@@ -191,82 +166,6 @@ class PixelCNNpp(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """No dropout inside, and float32 in full precision on any device.
-
-        Modes and settings found are restored, by the last one out where several threads are inside.
-        """
-        with _modes:
-            inside, training = _evaluating.get(self, (0, []))
-            found = [module for module in self.modules() if module.training]
-            for module in found:
-                module.training = False
-            _evaluating[self] = inside + 1, training + found
-        try:
-            with full_float32():
-                yield
-        finally:
-            with _modes:
-                inside, training = _evaluating.pop(self)
-                if inside > 1:
-                    _evaluating[self] = inside - 1, training
-                else:
-                    for module in training:
-                        module.training = True
-
-    def as_levels(self, x: Tensor | np.ndarray, name: str = "x") -> Tensor:
-        """``x`` checked, as a uint8 tensor on the model's device.
-
-        Raises:
-            ValueError: if ``x`` is not a batch of levels of the model's image shape, naming it ``name``.
-        """
-        return check_levels(name, x, self.image_shape).to(self.device)
-
-    def fingerprint(self) -> str:
-        """A SHA-256 of configuration and parameters: tells models apart, whatever they are called."""
-        digest = hashlib.sha256(repr(self.configuration).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
-
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write a safetensors file with the configuration and ``provenance`` in its header, all at once or not at all.
-
-        Raises:
-            TypeError: if ``provenance`` holds what JSON does not know.
-            OSError: if the file cannot be written.
-        """
-        header = {"configuration": self.configuration, "provenance": self.provenance}
-        checkpoint.write(path, self.state_dict(), header)
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> PixelCNNpp:
-        """The model in a file that :meth:`save` wrote, in evaluation mode on the CPU. Nothing is unpickled.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if the file is truncated, corrupted, or holds something else.
-        """
-        tensors, header = checkpoint.read(path)
-        try:
-            model = cls(**header["configuration"])
-            model.load_state_dict(tensors)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"path {str(path)!r} holds no PixelCNNpp model: {error}") from error
-        model.provenance = header.get("provenance", {})
-        return model.eval()
-
-    @classmethod
-    def from_pretrained(cls, name: str) -> PixelCNNpp:
-        """A bundled model: ``"digits"``, ``"fashion-mnist"`` or ``"fashion-mnist-40x5"``. Its card lies beside it.
-
-        Raises:
-            ValueError: if no model of that name is bundled, naming those that are.
-        """
-        return cls.load(zoo.path(name))
 
 
 def check_pixel_cnn(value: Any) -> None:

@@ -1,0 +1,119 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from art_pixeldefend import PixelCNNpp
+from art_pixeldefend.models import checkpoint, zoo
+from art_pixeldefend.models.base import ImageModel
+
+
+class Other(ImageModel):
+    """A model of another kind, with an argument and a buffer of its own."""
+
+    kind = "other"
+
+    def __init__(self, image_shape, width=2):
+        super().__init__()
+        self.image_shape, self.width = tuple(image_shape), width
+        self.weight = torch.nn.Parameter(torch.randn(width))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+
+@pytest.fixture
+def other_kind(monkeypatch):
+    monkeypatch.setitem(zoo.KINDS, "other", (__name__, "Other"))
+    monkeypatch.setattr(zoo, "import_module", lambda name: __import__("types").SimpleNamespace(Other=Other))
+
+
+@pytest.fixture
+def other_file(other_kind, tmp_path):
+    path = tmp_path / "other.safetensors"
+    Other((1, 2, 3), width=5).save(path)
+    return path
+
+
+def test_a_new_kind_of_model_is_one_class_and_one_entry(other_file):
+    loaded = zoo.load(other_file, "cpu")
+    assert type(loaded) is Other and loaded.configuration == {"image_shape": (1, 2, 3), "width": 5}
+    assert checkpoint.read_header(other_file)["format"] == checkpoint.FORMAT
+
+
+def test_a_model_of_another_kind_is_refused_by_the_argument_s_name(other_file):
+    with pytest.raises(ValueError, match=r"pixel_cnn must be a PixelCNNpp.*Other"):
+        zoo.as_model(str(other_file), PixelCNNpp, name="pixel_cnn")
+    with pytest.raises(ValueError, match=r"pixel_cnn must be a PixelCNNpp.*got Other"):
+        zoo.as_model(Other((1, 2, 3)), PixelCNNpp, name="pixel_cnn")
+    with pytest.raises(ValueError, match="not 'pixelcnnpp'"):
+        PixelCNNpp.load(other_file)
+
+
+def test_a_model_that_is_passed_is_returned_as_it_is(make_model):
+    model = make_model((1, 4, 4))
+    assert zoo.as_model(model, PixelCNNpp) is model
+
+
+def test_names_are_listed_by_kind():
+    assert "digits" in zoo.names("pixelcnnpp") and zoo.names("none") == []
+    assert zoo.names() == zoo.names("pixelcnnpp")
+    with pytest.raises(ValueError, match="digits"):
+        zoo.path("imagenet")
+
+
+def test_a_file_of_the_format_before_kinds_is_a_pixelcnnpp(make_model, make_levels, tmp_path):
+    model, x = make_model((1, 6, 6)), make_levels(3, (1, 6, 6))
+    header = {"configuration": model.configuration, "provenance": {"dataset": "smooth"}}
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, tmp_path / "old.safetensors", metadata={"art_pixeldefend": json.dumps(header)})
+    loaded = zoo.load(tmp_path / "old.safetensors", "cpu")
+    assert torch.equal(loaded.log_prob(x), model.log_prob(x)) and loaded.provenance == {"dataset": "smooth"}
+    assert loaded.fingerprint() == model.fingerprint()
+
+
+def test_a_file_of_a_newer_format_is_refused(make_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
+    make_model((1, 4, 4)).save(tmp_path / "new.safetensors")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="newer version"):
+        zoo.load(tmp_path / "new.safetensors")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_neither_loaded_nor_saved(value, make_model, tmp_path, monkeypatch):
+    model = make_model((1, 4, 4))
+    with torch.no_grad():
+        model.network.head.gain[0] = value
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(ValueError, match=r"network\.head\.gain"):
+        model.save(path)
+    assert not path.exists()
+    monkeypatch.setattr("art_pixeldefend.models.base._check_finite", lambda tensors: None)
+    model.save(path)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"model\.safetensors.*network\.head\.gain"):
+        zoo.load(path)
+
+
+def test_loading_leaves_torch_s_random_generator_alone():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    zoo.load("digits", "cpu")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_loaded_model_is_float32_whatever_the_default_dtype_is():
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert {p.dtype for p in PixelCNNpp.from_pretrained("digits").parameters()} == {torch.float32}
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_weights_stored_in_half_precision_change_bits_per_dim_by_less_than_the_fourth_digit(digits, tmp_path):
+    model = PixelCNNpp.from_pretrained("digits")
+    model.save(tmp_path / "half.safetensors", dtype=torch.float16)
+    half, x = zoo.load(tmp_path / "half.safetensors", model.device), digits.x_test[:100]
+    assert (tmp_path / "half.safetensors").stat().st_size < 0.6 * zoo.path("digits").stat().st_size
+    assert half.dtype == torch.float32
+    assert abs(half.bits_per_dim(x).mean() - model.bits_per_dim(x).mean()) < 0.0005
