@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # the commands import what they need when they run: --help an
 
     from art_pixeldefend.image_files import ImageSet
     from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
-    from art_pixeldefend.processes import Team
+    from art_pixeldefend.processes import ProcessGroup
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -104,22 +104,22 @@ def purify(
     """
     from art_pixeldefend import AdaptivePixelDefend, PixelDefend
     from art_pixeldefend.image_files import check_target, read_images, write_images
-    from art_pixeldefend.processes import team
+    from art_pixeldefend.processes import process_group
 
-    with team() as processes:
-        clip_values, pixel_cnn = (0, 255), _model_of(processes, model)
-        found = read_images(images, pixel_cnn.image_shape[:1])
-        check_target(out, found)
-        options: dict = {"batch_size": batch_size, "verbose": verbose and processes.rank == 0}
-        if threshold:
-            defence = AdaptivePixelDefend(clip_values, eps, pixel_cnn, threshold=threshold, **options)
-        else:  # likelihoods need not be known
-            defence = PixelDefend(clip_values, eps, pixel_cnn, **options)
-        with _throughput(processes, len(found.levels), verbose):
-            purified = _shared(processes, found.levels, lambda some: defence(some)[0])
-        if processes.rank == 0:
-            write_images(out, purified, like=found)
-            typer.echo(f"{len(purified)} images purified into {out}")
+    group = process_group()
+    clip_values, pixel_cnn = (0, 255), _model_of(group, model)
+    found = read_images(images, pixel_cnn.image_shape[:1])
+    check_target(out, found)
+    options: dict = {"batch_size": batch_size, "verbose": verbose and group.rank == 0}
+    if threshold:
+        defence = AdaptivePixelDefend(clip_values, eps, pixel_cnn, threshold=threshold, **options)
+    else:  # likelihoods need not be known
+        defence = PixelDefend(clip_values, eps, pixel_cnn, **options)
+    with _throughput(group, len(found.levels), verbose):
+        purified = _shared(group, found.levels, lambda some: defence(some)[0])
+    if group.rank == 0:
+        write_images(out, purified, like=found)
+        typer.echo(f"{len(purified)} images purified into {out}")
 
 
 @app.command()
@@ -137,22 +137,22 @@ def score(
     """
     from art_pixeldefend import PixelDefendDetector
     from art_pixeldefend.files import check_file
-    from art_pixeldefend.processes import team
+    from art_pixeldefend.processes import process_group
 
-    with team() as processes:
+    group = process_group()
+    if out:
+        check_file(out)
+    pixel_cnn, shown = _model_of(group, model), verbose and group.rank == 0
+    found = _images_or_test_images(images, pixel_cnn, data_dir)
+    if not len(found.levels):
+        raise ValueError(f"{images!r} holds no images, which have no mean")
+    detector = PixelDefendDetector(pixel_cnn, (0, 255), batch_size=batch_size, verbose=shown)
+    with _throughput(group, len(found.levels), verbose):
+        bits = _shared(group, found.levels, detector.bits_per_dim)
+    if group.rank == 0:
         if out:
-            check_file(out)
-        pixel_cnn, shown = _model_of(processes, model), verbose and processes.rank == 0
-        found = _images_or_test_images(images, pixel_cnn, data_dir)
-        if not len(found.levels):
-            raise ValueError(f"{images!r} holds no images, which have no mean")
-        detector = PixelDefendDetector(pixel_cnn, (0, 255), batch_size=batch_size, verbose=shown)
-        with _throughput(processes, len(found.levels), verbose):
-            bits = _shared(processes, found.levels, detector.bits_per_dim)
-        if processes.rank == 0:
-            if out:
-                _write_csv(out, {"image": found.names, "bits_per_dim": bits})
-            typer.echo(f"{bits.mean():.4f} bits/dim, mean of {len(bits)} images")
+            _write_csv(out, {"image": found.names, "bits_per_dim": bits})
+        typer.echo(f"{bits.mean():.4f} bits/dim, mean of {len(bits)} images")
 
 
 @app.command()
@@ -280,38 +280,34 @@ def grid(
     )  # fmt: skip
 
 
-def _model_of(processes: Team, model: str) -> PixelCNNpp:
+def _model_of(group: ProcessGroup, model: str) -> PixelCNNpp:
     """The density model, on the process's own GPU where there are GPUs."""
-    import torch
-
     from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
     from art_pixeldefend.models.zoo import as_model
 
-    gpus = torch.cuda.device_count()
-    device = torch.device(f"cuda:{processes.rank % gpus}" if gpus else "cpu")
-    return as_model(model, PixelCNNpp, device, name="--model")
+    return as_model(model, PixelCNNpp, group.device, name="--model")
 
 
-def _shared(processes: Team, x: np.ndarray, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+def _shared(group: ProcessGroup, x: np.ndarray, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """``function`` of images ``x`` (N, ...), of which each process computes its share; all of it, in every process."""
     import numpy as np
 
-    mine = np.array(processes.share(range(len(x))), dtype=int)
-    parts = processes.gather(function(x[mine]))
+    mine = np.array(group.shard(range(len(x))), dtype=int)
+    parts = group.gather(function(x[mine]))
     result = np.empty((len(x), *parts[0].shape[1:]), parts[0].dtype)
     for rank, part in enumerate(parts):
-        result[rank :: processes.world] = part
+        result[rank :: group.world_size] = part
     return result
 
 
 @contextmanager
-def _throughput(processes: Team, count: int, verbose: bool) -> Iterator[None]:
+def _throughput(group: ProcessGroup, count: int, verbose: bool) -> Iterator[None]:
     """Say, beside the progress bar, how many images a second were done by all processes together."""
     began = time.perf_counter()
     yield
-    if verbose and processes.rank == 0:
+    if verbose and group.rank == 0:
         rate = count / (time.perf_counter() - began)
-        typer.echo(f"{rate:.1f} images/s, {processes.world} process{'es' * (processes.world > 1)}", err=True)
+        typer.echo(f"{rate:.1f} images/s, {group.world_size} process{'es' * (group.world_size > 1)}", err=True)
 
 
 def _images_or_test_images(source: str, pixel_cnn: PixelCNNpp, data_dir: Path | None) -> ImageSet:

@@ -1,55 +1,129 @@
-"""Several processes on one grid: who does what, and who knows of whose failure."""
+"""One process group per process, shared by training, grids and the command line.
+
+``torchrun`` starts several processes of the same program. Each calls :func:`process_group` where it needs the others::
+
+    group = process_group()
+    results = {task: compute(task) for task in group.shard(tasks)}
+    everyone = group.gather(results)  # waits for the slowest process, however long that takes
+
+The group is created at the first call, reused by later ones and destroyed when the process exits.
+"""
 
 from __future__ import annotations
 
+import atexit
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+TIMEOUT = timedelta(minutes=10)  # for one exchange between processes that have all arrived at it
+LONGEST_PAUSE = 1.0  # seconds between two looks at how many processes have arrived
 T = TypeVar("T")
 
+_own: ProcessGroup | None = None
 
-class Team:
-    """The processes that ``torchrun`` started, or the one there is.
+
+class ProcessGroup:
+    """The processes that work together, as one of them sees it.
 
     Args:
-        rank: this process's number.
-        world: how many there are.
+        rank: number of this process, from 0.
+        world_size: how many processes there are.
+        store: key-value store that the processes share. Without one, :meth:`wait` is a barrier with the time limit of
+            the group that the caller created.
     """
 
-    def __init__(self, rank: int = 0, world: int = 1) -> None:
-        self.rank, self.world = rank, world
+    def __init__(self, rank: int = 0, world_size: int = 1, store: dist.Store | None = None) -> None:
+        self.rank, self.world_size, self._store, self._waits = rank, world_size, store, 0
 
-    def share(self, tasks: Sequence[T]) -> Sequence[T]:
-        """This process's part of ``tasks``."""
-        return tasks[self.rank :: self.world]
+    @property
+    def device(self) -> torch.device:
+        """This process's GPU where there are GPUs, else the CPU."""
+        gpus = torch.cuda.device_count()
+        return (
+            torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.rank)) % gpus) if gpus else torch.device("cpu")
+        )
 
-    def gather(self, mine: Any) -> list[Any]:
-        """What every process gives, by rank; all of them have to come here."""
-        if self.world == 1:
-            return [mine]
-        everyone: list[Any] = [None] * self.world
-        dist.all_gather_object(everyone, mine)
-        return everyone
+    def shard(self, tasks: Sequence[T]) -> Sequence[T]:
+        """Every ``world_size``-th of ``tasks``, starting with this process's rank."""
+        return tasks[self.rank :: self.world_size]
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, by rank. Every process has to call this.
+
+        Raises:
+            RuntimeError: if a process ended without calling it.
+        """
+        if self.world_size == 1:
+            return [value]
+        self.wait()
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def wait(self) -> None:
+        """Return once every process has called this, without a time limit.
+
+        Use it before collective operations of your own (an all-reduce, DDP) when other processes may still be busy for
+        longer than ``TIMEOUT``: one may train a classifier for hours while the others have nothing to do.
+
+        Raises:
+            RuntimeError: if a process ended without calling it.
+        """
+        if self.world_size == 1:
+            return
+        if self._store is None:
+            dist.barrier()
+            return
+        self._waits += 1
+        key, pause = f"arrived/{self._waits}", 0.001
+        arrived = self._store.add(key, 1)
+        while arrived < self.world_size:
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+            ended = self._store.add("ended", 0)  # read first: whoever arrives last may end at once
+            arrived = self._store.add(key, 0)
+            if ended and arrived < self.world_size:
+                raise RuntimeError(f"{ended} of {self.world_size} processes ended while process {self.rank} waits")
+
+    def leave(self) -> None:
+        """Tell processes that wait, now or later, that this one has ended."""
+        if self._store is not None:
+            self._store.add("ended", 1)
 
 
-@contextmanager
-def team() -> Iterator[Team]:
-    """Joins the processes of ``torchrun``, if it started this one."""
+def process_group() -> ProcessGroup:
+    """The processes that ``torchrun`` started, or this one alone.
+
+    A default process group that the caller has created is used as it is. Otherwise the first call under ``torchrun``
+    creates one. Its operations on CPU tensors go through gloo, those on GPU tensors through NCCL, whose connections are
+    made when first needed.
+    """
+    global _own
+    if not dist.is_available():
+        return ProcessGroup()
+    if _own is not None and dist.is_initialized():
+        return _own
+    if dist.is_initialized():
+        return ProcessGroup(dist.get_rank(), dist.get_world_size())
     if not dist.is_torchelastic_launched():
-        yield Team()
-        return
-    # gloo on GPUs too: what is exchanged is small. One may train for hours while others wait.
-    if gpus := torch.cuda.device_count():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
-    dist.init_process_group("gloo", timeout=timedelta(days=7))
-    try:
-        yield Team(dist.get_rank(), dist.get_world_size())
-        dist.barrier()  # nobody closes connections that another may still use
-    finally:
+        return ProcessGroup()
+    store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+    _own = ProcessGroup(rank, world_size, dist.PrefixStore("art_pixeldefend", store))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(_own.device)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    atexit.register(_leave)
+    return _own
+
+
+def _leave() -> None:
+    if _own is not None and dist.is_initialized():
+        _own.leave()
         dist.destroy_process_group()

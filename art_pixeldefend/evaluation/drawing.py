@@ -21,7 +21,7 @@ from art_pixeldefend.evaluation.stages import Stages
 from art_pixeldefend.evaluation.store import UNIT
 from art_pixeldefend.evaluation.table import TITLES
 from art_pixeldefend.files import write_atomically
-from art_pixeldefend.processes import Team
+from art_pixeldefend.processes import ProcessGroup
 
 DEFENCE = "pixeldefend"
 NOISE = TITLES["rand"]
@@ -64,7 +64,7 @@ def draw(stages: Stages, folder: str | PathLike[str], *, shown: int = 10, sample
     return [folder / "detection.json", *(folder / f"{name}.{ending}" for name in names for ending in ("png", "pdf"))]
 
 
-def score(stages: Stages, processes: Team) -> None:
+def score(stages: Stages, group: ProcessGroup) -> None:
     """The likelihoods that :func:`draw` needs, each by one process: they take longer than all else in it."""
     row = drawn_row(stages.grid)
     if row is None:
@@ -75,9 +75,9 @@ def score(stages: Stages, processes: Team) -> None:
             work += [
                 partial(stages.scores, cell, start, size) for cell in cells for start, size in _chunks(stages, row)
             ]
-    for compute in processes.share(work):
+    for compute in group.shard(work):
         compute()
-    processes.gather(None)
+    group.wait()
 
 
 def drawn_row(grid: Grid) -> Row | None:

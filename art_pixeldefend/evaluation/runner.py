@@ -27,7 +27,7 @@ from art_pixeldefend.evaluation.paper.ascent import figure_5
 from art_pixeldefend.evaluation.stages import Stages
 from art_pixeldefend.evaluation.store import Store
 from art_pixeldefend.files import write_atomically
-from art_pixeldefend.processes import Team, team
+from art_pixeldefend.processes import ProcessGroup, process_group
 from art_pixeldefend.validation import check_count
 
 Results = dict[Cell, dict[str, Any]]
@@ -108,21 +108,21 @@ def carry_out(stages: Stages, *, figures: bool = True, verbose: bool = True) -> 
         verbose: show progress.
     """
     grid, out, drawn = stages.grid, stages.store.folder, []
-    with team() as processes:
-        stages.verbose = verbose and processes.rank == 0
-        _train(stages, processes)
-        _calibrate(stages, processes)
-        results = _cells(stages, processes, verbose)
-        markdown = table.markdown(grid, results)
-        if processes.rank == 0:
-            write_atomically(out / "table.md", markdown)
-            write_atomically(out / "table.csv", table.comma_separated(grid, results))
-        row = drawing.drawn_row(grid)
-        if figures and row and all("right" in result for cell, result in results.items() if cell.row == row):
-            drawing.score(stages, processes)
-            if processes.rank == 0:
-                drawn = drawing.draw(stages, out / "figures")
-        processes.gather(None)
+    group = process_group()
+    stages.verbose = verbose and group.rank == 0
+    _train(stages, group)
+    _calibrate(stages, group)
+    results = _cells(stages, group, verbose)
+    markdown = table.markdown(grid, results)
+    if group.rank == 0:
+        write_atomically(out / "table.md", markdown)
+        write_atomically(out / "table.csv", table.comma_separated(grid, results))
+    row = drawing.drawn_row(grid)
+    if figures and row and all("right" in result for cell, result in results.items() if cell.row == row):
+        drawing.score(stages, group)
+        if group.rank == 0:
+            drawn = drawing.draw(stages, out / "figures")
+    group.wait()
     return Outcome(markdown, results, drawn)
 
 
@@ -134,55 +134,55 @@ def _named(grid: Grid | str, pixel_cnn: str | None) -> Grid:
     return grid if pixel_cnn is None else replace(grid, pixel_cnn=pixel_cnn)
 
 
-def _train(stages: Stages, processes: Team) -> None:
+def _train(stages: Stages, group: ProcessGroup) -> None:
     """Every missing classifier, each by one process; one that fails fails its cells, later."""
-    missing = processes.gather([row for row in stages.classifiers() if not stages.trained(row)])[0]
-    for row in processes.share(missing):
+    missing = group.gather([row for row in stages.classifiers() if not stages.trained(row)])[0]
+    for row in group.shard(missing):
         _try(partial(stages.model, row))  # the cells that need it report a failure
-    _tell_failures(stages, processes)
+    _tell_failures(stages, group)
 
 
-def _calibrate(stages: Stages, processes: Team) -> None:
+def _calibrate(stages: Stages, group: ProcessGroup) -> None:
     """Every missing threshold, each by one process; where one fails, so will its cells, later."""
     missing, _ = _try(stages.uncalibrated)
-    for row in processes.share(processes.gather(missing or [])[0]):
+    for row in group.shard(group.gather(missing or [])[0]):
         _try(partial(stages.steps, row))
-    _tell_failures(stages, processes)
+    _tell_failures(stages, group)
 
 
-def _tell_failures(stages: Stages, processes: Team) -> None:
+def _tell_failures(stages: Stages, group: ProcessGroup) -> None:
     """What one process could not make, no other tries."""
-    for failures in processes.gather(stages.failures):
+    for failures in group.gather(stages.failures):
         stages.failures |= failures
 
 
-def _cells(stages: Stages, processes: Team, verbose: bool) -> Results:
+def _cells(stages: Stages, group: ProcessGroup, verbose: bool) -> Results:
     """Results of all cells; finished ones are read, failed ones tried again."""
     cells, results = list(stages.grid.cells()), {}
     total = sum(stages.count(cell.row) for cell in cells)
-    bar = tqdm(total=total, unit="image", disable=not verbose or processes.rank > 0)
+    bar = tqdm(total=total, unit="image", disable=not verbose or group.rank > 0)
     with bar:
         for cell in cells:
             bar.set_description_str(cell.name)
-            results[cell] = _cell(cell, stages, processes, bar)
+            results[cell] = _cell(cell, stages, group, bar)
     return results
 
 
-def _cell(cell: Cell, stages: Stages, processes: Team, bar: tqdm) -> dict[str, Any]:
+def _cell(cell: Cell, stages: Stages, group: ProcessGroup, bar: tqdm) -> dict[str, Any]:
     """One cell's result: right or wrong for every image, or the error that stopped it."""
     began, start = time.perf_counter(), bar.n
     count = stages.count(cell.row)
     key, errors = _try(lambda: stages.cell_key(cell))
     # One process decides for all: another run may finish the cell between one's look and the other's.
-    kept = processes.gather(stages.store.read("cells", key) if errors is None else None)[0]
+    kept = group.gather(stages.store.read("cells", key) if errors is None else None)[0]
     if kept is not None and "error" not in kept:
         bar.update(count)
         return kept
     starts = range(0, count, stages.grid.chunk)
     mine: dict[int, list[bool]] = {}
     if errors is None:
-        errors = _chunks(cell, stages, processes.share(starts), count, mine, bar, processes.world)
-    everyone = processes.gather((mine, errors))
+        errors = _chunks(cell, stages, group.shard(starts), count, mine, bar, group.world_size)
+    everyone = group.gather((mine, errors))
     bar.update(start + count - bar.n)
     failed = [error for _, error in everyone if error is not None]
     right = {s: chunk for chunks, _ in everyone for s, chunk in chunks.items()}
@@ -190,9 +190,9 @@ def _cell(cell: Cell, stages: Stages, processes: Team, bar: tqdm) -> dict[str, A
     result = _result(cell, stages, key, seconds) | (
         {"error": failed[0]} if failed else _counts(np.concatenate([right[s] for s in starts]))
     )
-    if processes.rank == 0:
+    if group.rank == 0:
         stages.store.write("cells", key or {"cell": cell.name, "dataset": stages.grid.dataset}, result)
-    processes.gather(None)  # nobody reads the next cell's files before this one's are there
+    group.wait()  # nobody reads the next cell's files before this one's are there
     return result
 
 

@@ -32,7 +32,7 @@ from art_pixeldefend.evaluation.paper.art_pixel_defend import ArtPixelDefend, Co
 from art_pixeldefend.evaluation.preprocessors import InTurn, preprocessor
 from art_pixeldefend.evaluation.stages import Stages
 from art_pixeldefend.evaluation.store import Store, digest
-from art_pixeldefend.processes import Team
+from art_pixeldefend.processes import ProcessGroup
 
 # Squeezing stands for every defence: it costs nothing. Four chunks, so that two processes have two each.
 SOURCE = """Grid(
@@ -454,10 +454,10 @@ def test_likelihoods_for_the_figures_are_shared_out_and_computed_once(tmp_path, 
     grid = replace(TINY, rows=(row,), eps=(40,), attacks=("rand",), images=6, chunk=4)
     stages = Stages(grid, datasets.load("digits"), Store(tmp_path))
     done, score = Counter(), PixelDefendDetector.score
-    monkeypatch.setattr(Team, "gather", lambda self, mine: [mine])  # no other process to wait for
+    monkeypatch.setattr(ProcessGroup, "wait", lambda self: None)  # no other process to wait for
     for rank in (0, 1):
         monkeypatch.setattr(PixelDefendDetector, "score", lambda *args, rank=rank: done.update([rank]) or score(*args))
-        drawing.score(stages, Team(rank, 2))
+        drawing.score(stages, ProcessGroup(rank, 2))
     # Two chunks of clean and of noisy images, each as they are and purified, and the training images.
     assert done == {0: 5, 1: 4}
     detector = PixelDefendDetector(stages.pixel_cnn)

@@ -22,7 +22,7 @@ from art_pixeldefend.evaluation.store import UNIT
 from art_pixeldefend.files import write_atomically
 from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
 from art_pixeldefend.models.pixelcnnpp.layers import kept_weights
-from art_pixeldefend.processes import Team, team
+from art_pixeldefend.processes import ProcessGroup, process_group
 
 ATTACK, EPS = "fgsm", 8  # the paper's
 METHOD = "L-BFGS-B"
@@ -102,28 +102,28 @@ def figure_5(
     radii = stages.grid.eps_of(row)
     eps = EPS if EPS in radii else radii[0]
     cell = Cell(row, ATTACK, eps)
-    with team() as processes:
-        if processes.rank == 0:  # the others then read what it made
-            stages.defended(cell, 0, chunk)
-        processes.gather(None)
-        # The grid's own chunk: its attacked and purified images may be there already.
-        kinds = {
-            "clean": stages.clean(0, chunk),
-            "FGSM": stages.attacked(cell, 0, chunk),
-            "greedy decoding": stages.defended(cell, 0, chunk),
-        }
-        levels = {name: to_levels(some[:images], UNIT) for name, some in kinds.items()}
-        searched = _searched(stages, cell, levels["FGSM"], starts, iterations, processes)
-        bits = {name: stages.pixel_cnn.bits_per_dim(some).tolist() for name, some in levels.items()}
-        numbers = _numbers(bits, searched) | {
-            "eps_attack": eps, "eps_defend": _eps_defend(stages, cell), "images": images, "starts": starts,
-            "iterations": iterations, "paper": {"images": 10, "starts": 100},
-        }  # fmt: skip
-        if processes.rank == 0:
-            ends = np.concatenate([image["bits_per_dim"] for image in searched])
-            figures.likelihood_densities(path, {name: np.array(b) for name, b in bits.items()} | {METHOD: ends})
-            write_atomically(Path(path).with_suffix(".json"), json.dumps(numbers, indent=1) + "\n")
-        processes.gather(None)
+    group = process_group()
+    if group.rank == 0:  # the others then read what it made
+        stages.defended(cell, 0, chunk)
+    group.wait()
+    # The grid's own chunk: its attacked and purified images may be there already.
+    kinds = {
+        "clean": stages.clean(0, chunk),
+        "FGSM": stages.attacked(cell, 0, chunk),
+        "greedy decoding": stages.defended(cell, 0, chunk),
+    }
+    levels = {name: to_levels(some[:images], UNIT) for name, some in kinds.items()}
+    searched = _searched(stages, cell, levels["FGSM"], starts, iterations, group)
+    bits = {name: stages.pixel_cnn.bits_per_dim(some).tolist() for name, some in levels.items()}
+    numbers = _numbers(bits, searched) | {
+        "eps_attack": eps, "eps_defend": _eps_defend(stages, cell), "images": images, "starts": starts,
+        "iterations": iterations, "paper": {"images": 10, "starts": 100},
+    }  # fmt: skip
+    if group.rank == 0:
+        ends = np.concatenate([image["bits_per_dim"] for image in searched])
+        figures.likelihood_densities(path, {name: np.array(b) for name, b in bits.items()} | {METHOD: ends})
+        write_atomically(Path(path).with_suffix(".json"), json.dumps(numbers, indent=1) + "\n")
+    group.wait()
     return numbers
 
 
@@ -132,7 +132,7 @@ def _eps_defend(stages: Stages, cell: Cell) -> int:
 
 
 def _searched(
-    stages: Stages, cell: Cell, attacked: np.ndarray, starts: int, iterations: int | None, processes: Team
+    stages: Stages, cell: Cell, attacked: np.ndarray, starts: int, iterations: int | None, group: ProcessGroup
 ) -> list[dict[str, Any]]:
     """For every image the bits per dimension where each start ended, and how often the model was asked."""
     shared: dict[str, Any] = {
@@ -155,8 +155,8 @@ def _searched(
         return kept
 
     tasks = [(i, start) for start in range(starts) for i in range(len(attacked))]
-    mine = {task: one(*task) for task in processes.share(tasks)}
-    everyone = {task: found for part in processes.gather(mine) for task, found in part.items()}
+    mine = {task: one(*task) for task in group.shard(tasks)}
+    everyone = {task: found for part in group.gather(mine) for task, found in part.items()}
     names = ("bits_per_dim", "evaluations", "seconds")
     return [{name: [everyone[i, s][name] for s in range(starts)] for name in names} for i in range(len(attacked))]
 
