@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from art_pixeldefend.models.pixelcnnpp import mixture
 from art_pixeldefend.models.pixelcnnpp.decoders import certify, greedy_decode
 
 
@@ -35,6 +36,41 @@ def test_a_level_outside_the_range_is_never_exact(model, x):
     certificate = certify(model, x, purified, 2)
     assert not certificate.exact[moved].any()
     assert torch.isinf(certificate.gap[moved]).all()
+
+
+@pytest.mark.parametrize("method", ["fixed-point", "cached"])
+@pytest.mark.parametrize("shift", [1, 9])
+def test_a_wrong_choice_of_levels_is_found_though_every_engine_makes_it(model, x, monkeypatch, method, shift):
+    masses = mixture.masses
+    expected = greedy_decode(model, x, 16, "reference")
+
+    def wrong(*arguments):
+        return masses(*arguments).roll(shift, dims=1)
+
+    monkeypatch.setattr(mixture, "masses", wrong)
+    purified = greedy_decode(model, x, 16, method)
+    assert (purified != expected).flatten(1).any(dim=1).all()
+    assert not certify(model, x, purified, 16).exact.any()
+    assert certify(model, x, expected, 16).exact.all()
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 5), (3, 4, 4)])
+@pytest.mark.parametrize("eps", [0, 3, 40, 255])
+def test_the_gap_is_that_of_the_most_likely_level_of_the_window(make_model, make_levels, shape, eps):
+    model, x = make_model(shape), torch.from_numpy(make_levels(3, shape))
+    purified = (x.int() + torch.randint(-eps, eps + 1, x.shape)).clamp(0, 255).to(torch.uint8)
+    logs, z = model.double().conditional_log_probs(purified), torch.arange(256)
+    inside = (z - x[..., None].int()).abs() <= eps
+    gaps = logs.where(inside, -torch.inf).amax(-1) - logs.gather(-1, purified.long()[..., None])[..., 0]
+    certificate = certify(model, x, purified, eps)
+    assert torch.allclose(certificate.gap, gaps.flatten(1).amax(dim=1), atol=1e-9)
+    assert torch.equal(certificate.exact, certificate.gap < 1e-4)
+
+
+def test_a_model_that_gives_nan_certifies_nothing(model, x):
+    with torch.no_grad():
+        model.network.head.bias[0] = torch.nan
+    assert not certify(model, x, x, 16).exact.any()
 
 
 def test_levels_as_likely_as_the_best_are_forgiven_and_counted(model):
