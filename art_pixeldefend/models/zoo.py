@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 WEIGHTS = Path(__file__).parent / "weights"
 KINDS = {  # kind of model: module and class, imported when a model of the kind is used
     "pixelcnnpp": ("art_pixeldefend.models.pixelcnnpp.model", "PixelCNNpp"),
+    "score": ("art_pixeldefend.models.score", "ScoreModel"),
 }
 
 
