@@ -1,0 +1,26 @@
+"""The examples in docstrings run and print what they show; every public class has one."""
+
+import doctest
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+import art_pixeldefend
+
+PACKAGE = Path(art_pixeldefend.__file__).parent
+OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctest.REPORT_ONLY_FIRST_FAILURE
+WITH_EXAMPLES = [
+    ".".join(["art_pixeldefend", *path.relative_to(PACKAGE).with_suffix("").parts])
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if ">>> " in path.read_text()
+]
+
+
+@pytest.mark.parametrize("module", WITH_EXAMPLES)
+def test_examples_print_what_they_show(module, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # for examples that write files
+    torch.manual_seed(0)
+    found = doctest.testmod(importlib.import_module(module.removesuffix(".__init__")), optionflags=OPTIONS)
+    assert found.attempted and not found.failed
