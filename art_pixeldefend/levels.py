@@ -1,109 +1,225 @@
-"""ART's images and ours: any range and either layout on one side, 8-bit levels in NCHW on the other."""
+"""Value ranges and layouts: users' images on one side, [0, 1] or 8-bit levels in NCHW on the other."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-TOP = 255
-PIECE = 2**22  # values that are converted at a time: each takes 24 bytes meanwhile
+LEVELS = 256
+TOP = LEVELS - 1
+PIECE = 2**22  # values converted at a time: each takes 24 bytes during the conversion
+FAR = 10.0  # value ranges: values farther outside clip_values belong to another range of values
+
+ClipValues: TypeAlias = tuple[float, float] | tuple[np.ndarray, np.ndarray]
+UNIT = (0.0, 1.0)
 
 
-def check_clip_values(value: Any) -> tuple[float, float]:
-    """(minimum, maximum) as two floats. Arrays, as ART allows them, must hold one value each.
+def check_clip_values(value: Any) -> ClipValues:
+    """(minimum, maximum) as two floats, or as two float64 arrays where they differ between channels or pixels.
 
     Raises:
         ValueError: naming ``clip_values``.
     """
     try:
-        low, high = (np.unique(np.asarray(end, dtype=float)) for end in value)
-        if low.size == high.size == 1 and np.isfinite([low[0], high[0]]).all() and low[0] < high[0]:
-            return float(low[0]), float(high[0])
+        low, high = (np.asarray(end, dtype=np.float64) for end in value)
+        if np.isfinite(low).all() and np.isfinite(high).all() and low.size and high.size and (low < high).all():
+            if low.min() == low.max() and high.min() == high.max():
+                return float(low.flat[0]), float(high.flat[0])
+            return low, high
     except (TypeError, ValueError):
         pass
-    raise ValueError(f"clip_values must be two finite numbers (minimum, maximum), minimum first, got {value!r}")
+    raise ValueError(
+        f"clip_values must be two finite numbers or arrays (minimum, maximum), minimum first, got {value!r}"
+    )
+
+
+def as_tensor(x: Any) -> Tensor:
+    """An array, or what NumPy makes one of, as a new tensor.
+
+    Raises:
+        ValueError: naming ``x``, if it is not an array of numbers.
+    """
+    try:
+        x = np.asarray(x)
+    except ValueError:  # nested sequences of different lengths
+        raise ValueError("x must be an array of numbers, all images of one shape") from None
+    if x.dtype.kind not in "fiu":
+        raise ValueError(f"x must be an array of numbers, got dtype {x.dtype}")
+    # torch has no foreign byte orders, no longdouble and few unsigned integers, and warns of read-only arrays.
+    kept = x.dtype.isnative and x.dtype.name in ("float16", "float32", "uint8", "int8", "int16", "int32", "int64")
+    return torch.from_numpy(np.array(x, dtype=None if kept else np.float64))
+
+
+@overload
+def to_levels(x: np.ndarray, clip_values: ClipValues = UNIT) -> np.ndarray: ...
+@overload
+def to_levels(x: Tensor, clip_values: ClipValues = UNIT) -> Tensor: ...
+def to_levels(x: Any, clip_values: Any = UNIT) -> Any:
+    """The nearest of 256 levels, uint8, of the shape of ``x``; values outside ``clip_values`` are clipped."""
+    if not isinstance(x, Tensor):
+        return to_levels(as_tensor(x), clip_values).numpy()
+    low, high = clip_values
+    return _in_pieces(
+        lambda some: ((some.double() - low) * (TOP / (high - low))).round_().clamp_(0, TOP), x, torch.uint8
+    )
+
+
+@overload
+def from_levels(levels: np.ndarray, clip_values: ClipValues = UNIT, dtype: Any = None) -> np.ndarray: ...
+@overload
+def from_levels(levels: Tensor, clip_values: ClipValues = UNIT, dtype: Any = None) -> Tensor: ...
+def from_levels(levels: Any, clip_values: Any = UNIT, dtype: Any = None) -> Any:
+    """Levels in the units of ``clip_values``, float32 unless ``dtype`` says otherwise; rounded for integer types."""
+    if not isinstance(levels, Tensor):
+        wanted = np.dtype(dtype or np.float32)
+        values = from_levels(as_tensor(levels), clip_values, torch.float64).numpy()
+        return (np.rint(values) if wanted.kind in "iu" else values).astype(wanted)
+    low, high = clip_values
+    dtype = dtype or torch.float32
+
+    def values_of(some: Tensor) -> Tensor:
+        values = some.double() / TOP * (high - low) + low
+        return values if dtype.is_floating_point else values.round_()
+
+    return _in_pieces(values_of, levels, dtype)
 
 
 class Images:
-    """The way between images and levels.
+    """Converts users' images to [0, 1] or to levels in NCHW, and back.
 
     Args:
-        image_shape: (C, H, W) of the density model.
-        clip_values: (minimum, maximum): levels 0 and 255.
+        image_shape: (C, H, W) that images must have, which also tells NCHW from NHWC; None for any shape.
+        clip_values: (minimum, maximum) of the images, as checked by :func:`check_clip_values`. Arrays broadcast over
+            an image in its own layout; an array of C values holds one for each channel in either layout.
+        channels_first: the layout, where ``image_shape`` is None. None takes images for NHWC if their last axis has 1
+            or 3 entries and their second one has not, and for NCHW otherwise.
+
+    Example:
+        >>> images = Images((1, 2, 2), (0.0, 1.0))
+        >>> images.to_levels(torch.tensor([[[[0.0, 0.5], [0.75, 1.0]]]])).tolist()
+        [[[[0, 128], [191, 255]]]]
     """
 
-    def __init__(self, image_shape: tuple[int, int, int], clip_values: tuple[float, float]) -> None:
-        self.image_shape, (self.low, self.high) = image_shape, clip_values
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int] | None,
+        clip_values: ClipValues = UNIT,
+        channels_first: bool | None = None,
+    ) -> None:
+        self.image_shape, self.clip_values, self.channels_first = image_shape, clip_values, channels_first
 
-    @staticmethod
-    def as_tensor(x: Any) -> Tensor:
-        """An array as a tensor.
+    def check(self, x: Tensor) -> bool:
+        """Whether any value of ``x`` is more than half a level outside ``clip_values``.
 
         Raises:
-            ValueError: naming ``x``, if it is no array of numbers.
+            ValueError: naming ``x``: it is not a batch of images of numbers, holds NaN or infinity, or values more
+                than ten ranges outside ``clip_values``.
         """
-        x = np.asarray(x)
-        if x.dtype.kind not in "fiu":
-            raise ValueError(f"x must be an array of numbers, got dtype {x.dtype}")
-        # Torch knows no foreign byte orders, no longdouble, few unsigned integers, and warns of read-only arrays.
-        kept = x.dtype.isnative and x.dtype.name in ("float16", "float32", "uint8", "int8", "int16", "int32", "int64")
-        return torch.from_numpy(np.array(x, dtype=None if kept else np.float64))
+        if x.dtype == torch.bool or x.is_complex():
+            raise ValueError(f"x must hold real numbers, got dtype {x.dtype}")
+        low, high = self._ends(x)
+        if not x.numel() or (x.dtype == torch.uint8 and self.clip_values == (0, TOP)):
+            return False
+        x = x.detach()
+        if x.dtype in (torch.uint16, torch.uint32, torch.uint64):  # torch cannot compare these
+            x = x.double()
+        ends = [(end.double() - low) / (high - low) for end in x.aminmax(dim=0)]
+        least, most = ends[0].min().item(), ends[1].max().item()
+        if not (math.isfinite(least) and math.isfinite(most)):
+            raise ValueError("x must be finite, got NaN or infinity")
+        if least < -FAR or most > 1 + FAR:
+            got = f"{x.min().item():g} to {x.max().item():g}"
+            hint = "for pixels of 0 to 255 pass clip_values=(0, 255)"
+            raise ValueError(f"x must be within clip_values {self.shown}, got {got}; {hint}")
+        return least < -0.5 / TOP or most > 1 + 0.5 / TOP
+
+    @property
+    def shown(self) -> str:
+        """The clip values, for messages."""
+        low, high = (np.unique(end) for end in self.clip_values)
+        return "(" + ", ".join("/".join(f"{value:g}" for value in end[:4]) for end in (low, high)) + ")"
+
+    def to_unit(self, x: Tensor) -> Tensor:
+        """Images as (N, C, H, W) in float64, ``clip_values`` being 0 and 1; differentiable, and not clipped."""
+        low, high = self._ends(x)
+        unit = (x.double() - low) / (high - low)
+        return unit if self._is_nchw(x) else unit.movedim(-1, 1)
+
+    def from_unit(self, unit: Tensor, like: Tensor) -> Tensor:
+        """Images (N, C, H, W) in [0, 1] in the range, layout, dtype and device of ``like``; differentiable."""
+        unit = unit.to(like.device, torch.float64)
+        low, high = self._ends(like)
+        values = (unit if self._is_nchw(like) else unit.movedim(1, -1)) * (high - low) + low
+        return values.to(like.dtype) if like.is_floating_point() else values.round().to(like.dtype)
 
     def to_levels(self, x: Tensor) -> Tensor:
-        """Images (N, C, H, W) or (N, H, W, C) as the nearest levels (N, C, H, W), uint8.
+        """The nearest levels (N, C, H, W), uint8.
 
         Raises:
-            ValueError: naming ``x``: a wrong shape, NaN or infinity, or values more than half a level outside
-                ``clip_values``.
+            ValueError: as :meth:`check`, or for values more than half a level outside ``clip_values``.
         """
-        x = self._nchw(x)
-        if x.dtype == torch.uint8 and (self.low, self.high) == (0, TOP):
-            return x
-        return _in_pieces(self._nearest, x, torch.empty(x.shape, dtype=torch.uint8, device=x.device))
-
-    def _nearest(self, x: Tensor) -> Tensor:
-        """Levels of some images, as :meth:`to_levels`."""
-        levels = (x.double() - self.low) * (TOP / (self.high - self.low))
-        if levels.numel():
-            least, most = levels.min().item(), levels.max().item()
-            if not np.isfinite([least, most]).all():
-                raise ValueError("x must be finite, got NaN or infinity")
-            if least < -0.5 or most > TOP + 0.5:
-                got = f"{x.min().item():g} to {x.max().item():g}"
-                raise ValueError(f"x must be within clip_values ({self.low:g}, {self.high:g}), got {got}")
-        return levels.round().clamp(0, TOP).to(torch.uint8)
+        if self.check(x):
+            got = f"{x.min().item():g} to {x.max().item():g}"
+            raise ValueError(f"x must be within clip_values {self.shown}, got {got}")
+        bytes_ = x.dtype == torch.uint8 and self.clip_values == (0, TOP)
+        levels = x if bytes_ else to_levels(x.detach(), self._ends(x))
+        return levels if self._is_nchw(x) else levels.movedim(-1, 1)
 
     def from_levels(self, levels: Tensor, like: Tensor) -> Tensor:
-        """Levels (N, C, H, W) as images of the layout, dtype and device of ``like``."""
+        """Levels (N, C, H, W) in the range, layout, dtype and device of ``like``."""
+        levels = levels if self._is_nchw(like) else levels.movedim(1, -1)
+        return from_levels(levels.to(like.device), self._ends(like), like.dtype)
 
-        def values(some: Tensor) -> Tensor:
-            exact = some.double() / TOP * (self.high - self.low) + self.low
-            return exact if like.is_floating_point() else exact.round()
+    def _ends(self, x: Tensor) -> tuple[Any, Any]:
+        """Minimum and maximum: numbers, or tensors that broadcast over ``x``."""
+        nchw = self._is_nchw(x)
+        if not isinstance(self.clip_values[0], np.ndarray):
+            return self.clip_values
 
-        result = _in_pieces(values, levels, torch.empty(levels.shape, dtype=like.dtype, device=like.device))
-        return result if self._is_nchw(like) else result.movedim(1, -1)
+        def end(values: Any) -> Tensor:
+            tensor = torch.as_tensor(np.asarray(values), dtype=torch.float64, device=x.device)
+            return tensor[:, None, None] if tensor.ndim == 1 and nchw else tensor
 
-    def _nchw(self, x: Tensor) -> Tensor:
-        channels, height, width = self.image_shape
-        if x.ndim == 4 and self._is_nchw(x):
-            return x
-        if x.ndim == 4 and tuple(x.shape[1:]) == (height, width, channels):
-            return x.movedim(-1, 1)
-        nchw, nhwc = f"(N, {channels}, {height}, {width})", f"(N, {height}, {width}, {channels})"
-        raise ValueError(f"x must be of shape {nchw} or {nhwc}, the density model's, got {tuple(x.shape)}")
+        low, high = (end(values) for values in self.clip_values)
+        try:
+            if torch.broadcast_shapes(low.shape, high.shape, (1, *x.shape[1:])) == (1, *x.shape[1:]):
+                return low, high
+        except RuntimeError:
+            pass
+        shapes = f"{tuple(low.shape)} and {tuple(high.shape)}"
+        raise ValueError(f"clip_values of shapes {shapes} must broadcast over images of shape {tuple(x.shape[1:])}")
 
     def _is_nchw(self, x: Tensor) -> bool:
-        return tuple(x.shape[1:]) == tuple(self.image_shape)
+        """Whether ``x`` is NCHW; if not it is NHWC.
+
+        Raises:
+            ValueError: naming ``x``, if it is neither.
+        """
+        shape = tuple(x.shape)
+        if self.image_shape is None:
+            if x.ndim != 4:
+                raise ValueError(f"x must be of shape (N, C, H, W) or (N, H, W, C), got {shape}")
+            if self.channels_first is not None:
+                return self.channels_first
+            return not (shape[-1] in (1, 3) and shape[1] not in (1, 3))
+        channels, height, width = self.image_shape
+        if shape[1:] == (channels, height, width):
+            return True
+        if x.ndim == 4 and shape[1:] == (height, width, channels):
+            return False
+        nchw, nhwc = f"(N, {channels}, {height}, {width})", f"(N, {height}, {width}, {channels})"
+        raise ValueError(f"x must be of shape {nchw} or {nhwc}, as the model's images, got {shape}")
 
 
-def _in_pieces(function: Callable[[Tensor], Tensor], x: Tensor, result: Tensor) -> Tensor:
-    """``function`` of ``x`` (N, ...) written into ``result``, a few images at a time."""
-    count = max(1, PIECE // math.prod(x.shape[1:]))
+def _in_pieces(function: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``function`` of ``x`` (N, ...) as a tensor of ``dtype``, a few images at a time."""
+    result = torch.empty(x.shape, dtype=dtype, device=x.device)
+    count = max(1, PIECE // max(1, math.prod(x.shape[1:])))
     for some, into in zip(x.split(count), result.split(count), strict=True):
         into.copy_(function(some))
     return result

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-LEVELS = 256
+from art_pixeldefend.levels import LEVELS, from_levels, to_levels
 
 
 def level(estimator: Any) -> float:
@@ -32,18 +32,6 @@ def scalar_clip_values(estimator: Any) -> tuple[float, float]:
     if len(low) != 1 or len(high) != 1:
         raise ValueError("estimator must have the same clip_values for every feature")
     return float(low[0]), float(high[0])
-
-
-def to_levels(x: np.ndarray, clip_values: tuple[float, float]) -> np.ndarray:
-    """The nearest of 256 levels, uint8, clipped."""
-    low, high = clip_values
-    return np.clip(np.rint((x - low) * ((LEVELS - 1) / (high - low))), 0, LEVELS - 1).astype(np.uint8)
-
-
-def from_levels(levels: np.ndarray, clip_values: tuple[float, float], dtype: Any = np.float32) -> np.ndarray:
-    """Levels in the units of ``clip_values``."""
-    low, high = clip_values
-    return (low + levels.astype(np.float64) * ((high - low) / (LEVELS - 1))).astype(dtype)
 
 
 def bim_steps(eps: float) -> int:

@@ -13,7 +13,7 @@ from art.defences.detector.evasion import EvasionDetector
 from torch import Tensor
 
 from art_pixeldefend.batches import map_batches
-from art_pixeldefend.levels import Images, check_clip_values
+from art_pixeldefend.levels import ClipValues, Images, as_tensor, check_clip_values
 from art_pixeldefend.models import checkpoint
 from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
 from art_pixeldefend.models.zoo import as_model
@@ -48,14 +48,15 @@ class PixelDefendDetector(EvasionDetector):
     def __init__(
         self,
         pixel_cnn: PixelCNNpp | str | PathLike[str],
-        clip_values: tuple[float, float] = (0.0, 1.0),
+        clip_values: ClipValues = (0.0, 1.0),
         alpha: float = 0.05,
         batch_size: int = 128,
         verbose: bool = False,
     ) -> None:
         super().__init__()
         self.pixel_cnn = as_model(pixel_cnn, PixelCNNpp, name="pixel_cnn")
-        self.clip_values, self.alpha = clip_values, alpha
+        self.clip_values: ClipValues = clip_values
+        self.alpha = alpha
         self.batch_size, self.verbose = batch_size, verbose
         self.log_likelihoods: np.ndarray | None = None
         self._check_params()
@@ -117,7 +118,7 @@ class PixelDefendDetector(EvasionDetector):
             ValueError: naming ``x``: a wrong shape, NaN or infinity, or values outside ``clip_values``.
         """
         size = self.batch_size if batch_size is None else check_count("batch_size", batch_size)
-        tensor = x if isinstance(x, Tensor) else Images.as_tensor(x)
+        tensor = x if isinstance(x, Tensor) else as_tensor(x)
         levels = Images(self.pixel_cnn.image_shape, self.clip_values).to_levels(tensor).to(self.pixel_cnn.device)
         return map_batches(self.pixel_cnn.log_prob, levels, size, verbose=self.verbose, what="score").cpu().numpy()
 

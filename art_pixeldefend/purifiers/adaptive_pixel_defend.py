@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from art_pixeldefend.batches import map_batches
-from art_pixeldefend.levels import Images
+from art_pixeldefend.levels import ClipValues, Images, as_tensor
 from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
 from art_pixeldefend.purifiers.base import Purifier
 from art_pixeldefend.purifiers.pixel_defend import PixelDefend
@@ -39,7 +39,7 @@ class AdaptivePixelDefend(PixelDefend):
 
     def __init__(
         self,
-        clip_values: tuple[float, float] = (0.0, 1.0),
+        clip_values: ClipValues = (0.0, 1.0),
         eps: int = 16,
         pixel_cnn: PixelCNNpp | str | PathLike[str] | None = None,
         batch_size: int = 128,
@@ -57,11 +57,11 @@ class AdaptivePixelDefend(PixelDefend):
             method=method, device_type=device_type,
         )  # fmt: skip
 
-    def purify(self, levels: Tensor) -> Tensor:
+    def purify_levels(self, levels: Tensor) -> Tensor:
         """Purified levels of levels, both (N, C, H, W), uint8, on the model's device."""
-        unlikely = self._bits_per_dim(levels) >= self.threshold
+        unlikely = self.pixel_cnn.bits_per_dim(levels) >= self.threshold
         result = levels.clone()
-        result[unlikely] = super().purify(levels[unlikely])
+        result[unlikely] = super().purify_levels(levels[unlikely])
         return result
 
     def calibrate(self, classifier: Any, attacked: Mapping[str, np.ndarray], y: np.ndarray) -> float:
@@ -96,17 +96,14 @@ class AdaptivePixelDefend(PixelDefend):
         purified: list[np.ndarray] = []
         for x in attacked.values():
             images = Images(self.pixel_cnn.image_shape, self.clip_values)
-            like = Images.as_tensor(x)
+            like = as_tensor(x)
             levels = images.to_levels(like).to(self.pixel_cnn.device)
-            bits.append(self._bits_per_dim(levels).cpu().numpy())
-            for into, some in ((alone, levels), (purified, super().purify(levels))):
+            bits.append(map_batches(self.pixel_cnn.bits_per_dim, levels, self.batch_size).cpu().numpy())
+            for into, some in ((alone, levels), (purified, super().purify_levels(levels))):
                 prediction = classifier.predict(images.from_levels(some, like=like).numpy().astype(x.dtype))
                 into.append(prediction.argmax(axis=1) == y)
         self.threshold = largest_harmless_threshold(np.array(bits), np.array(alone), np.array(purified))
         return self.threshold
-
-    def _bits_per_dim(self, levels: Tensor) -> Tensor:
-        return map_batches(self.pixel_cnn.bits_per_dim, levels, self.batch_size)
 
     def _check_params(self) -> None:
         super()._check_params()

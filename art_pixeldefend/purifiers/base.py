@@ -1,125 +1,290 @@
-"""What every purifier shares: levels and clip values, image layout, dtypes, a backward pass that masks no gradient."""
+"""The base class of purifiers: value ranges, layouts, dtypes, batches, random draws and backward passes."""
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
-from collections.abc import Sequence
-from os import PathLike
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from inspect import signature
 from typing import Any
 
 import numpy as np
 import torch
 from art.defences.preprocessor.preprocessor import PreprocessorPyTorch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from art_pixeldefend.levels import Images, check_clip_values
-from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
-from art_pixeldefend.models.zoo import as_model
+from art_pixeldefend.batches import map_batches
+from art_pixeldefend.levels import UNIT, ClipValues, Images, as_tensor, check_clip_values
 from art_pixeldefend.purifiers.parameters import all_or_none
 from art_pixeldefend.validation import check_count
 
+GRADIENTS = ("identity", "exact")
+
+Part = Callable[[Tensor, int], Tensor]  # of some images and the position of the first: a tensor of the same shape
+Batches = Callable[[Callable[[slice], Tensor]], Tensor]  # of a function of slices of x: its results, concatenated
+
+
+class BatchGenerator:
+    """Random numbers for a batch, from one independent stream for each image.
+
+    An image's stream is a function of ``seed`` and its position only, so that results do not depend on how images are
+    divided into batches. Numbers are drawn on the CPU in float32: they are the same on every device.
+
+    Args:
+        seed: of the call.
+        positions: of each image in the whole input.
+        device: of the numbers.
+        dtype: of the numbers.
+
+    Example:
+        >>> whole = BatchGenerator(seed=1, positions=range(4)).normal((3, 8, 8))
+        >>> last = BatchGenerator(seed=1, positions=range(2, 4)).normal((3, 8, 8))
+        >>> whole.shape, torch.equal(whole[2:], last)
+        (torch.Size([4, 3, 8, 8]), True)
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        positions: Sequence[int],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._streams = [np.random.default_rng([seed, position]) for position in positions]
+        self._device, self._dtype = device, dtype
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        """Standard normal numbers (N, *shape); ``shape`` is that of one image's."""
+        return self._draw(shape, np.random.Generator.standard_normal)
+
+    def uniform(self, shape: Sequence[int]) -> Tensor:
+        """Numbers (N, *shape), uniform in [0, 1); ``shape`` is that of one image's."""
+        return self._draw(shape, np.random.Generator.random)
+
+    def subset(self, index: Tensor) -> BatchGenerator:
+        """The generator of some of the images, given by a mask or by indices; it goes on in their streams."""
+        chosen = BatchGenerator(0, (), self._device, self._dtype)
+        chosen._streams = [self._streams[i] for i in torch.arange(len(self))[index.cpu()].tolist()]
+        return chosen
+
+    def _draw(self, shape: Sequence[int], draw: Any) -> Tensor:
+        numbers = np.empty((len(self), *shape), np.float32)
+        for i, stream in enumerate(self._streams):
+            numbers[i] = draw(stream, numbers.shape[1:], np.float32)
+        return torch.from_numpy(numbers).to(self._device, self._dtype)
+
 
 class StraightThrough(torch.autograd.Function):
-    """Forward: the purified image. Backward: the identity (BPDA, Athalye et al. 2018, arXiv:1802.00420).
+    """Forward: ``function(x)``. Backward: the identity (BPDA, Athalye et al. 2018, arXiv:1802.00420)."""
 
-    A purifier is piecewise constant. Its true gradient is zero almost everywhere, and an attack that follows it fails
-    for a reason that has nothing to do with robustness.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """``function(x)``, which must be a new tensor of the shape of ``x``."""
+        return function(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """The gradient for ``x``."""
+        return gradients[0], None
+
+
+class Recomputed(torch.autograd.Function):
+    """Forward: ``function`` of ``x`` batch by batch. Backward: its exact gradient, recomputed batch by batch.
+
+    Between the two passes only ``x`` is kept, and in the backward pass the activations of one batch: memory does not
+    grow with the number of draws that are averaged. ``function`` must return the same values each time. Model
+    parameters inside it get no gradients.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, purified: Tensor) -> Tensor:
-        """``purified``."""
-        return purified
+    def forward(ctx: Any, x: Tensor, function: Part, batches: Batches) -> Tensor:
+        """``function`` of all batches of ``x``, concatenated."""
+        ctx.save_for_backward(x)
+        ctx.function, ctx.batches = function, batches
+        return batches(lambda part: function(x[part], part.start))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         """The gradient for ``x``."""
-        return gradient, None
+        (x,) = ctx.saved_tensors
+
+        def gradient(part: slice) -> Tensor:
+            inputs = x[part].detach().requires_grad_()
+            with torch.enable_grad():
+                outputs = ctx.function(inputs, part.start)
+            return torch.autograd.grad(outputs, inputs, gradients[0][part])[0]
+
+        return ctx.batches(gradient), None, None
 
 
 class Purifier(PreprocessorPyTorch):
-    """Base of the purifiers: ART hands over images of some layout, range and dtype, a subclass sees levels.
+    """Base class of the purifiers: ART preprocessors that remove perturbations from images.
+
+    A subclass implements :meth:`purify` for a batch of images in [0, 1] and declares what it can do by class
+    attributes (or properties):
+
+    - ``stochastic``: whether :meth:`purify` draws random numbers.
+    - ``gradients``: the backward passes it supports, a subset of ``("identity", "exact")``.
+    - ``model``: the image model it uses, if any: images are purified on its device, in evaluation mode.
+    - ``image_shape``: the (C, H, W) that images must have; by default the model's. Without one, images are taken for
+      NHWC if their last axis has 1 or 3 entries and their second one has not, unless ``channels_first`` says which.
+
+    A subclass with arguments of its own sets them as attributes before it calls ``super().__init__``, names them in
+    ``params`` and checks them in ``_check_params``.
 
     Args:
-        clip_values: (minimum, maximum) of the images: levels 0 and 255.
-        pixel_cnn: the density model; a :class:`PixelCNNpp`, a path, or the name of a bundled one.
+        clip_values: (minimum, maximum) of the images, as numbers or as arrays that broadcast over an image.
         batch_size: most images in memory at a time.
         apply_fit: purify in the classifier's training, too.
         apply_predict: purify in prediction, and so in attacks.
         verbose: show a progress bar.
+        gradient: ``"identity"`` passes gradients on unchanged (BPDA, Athalye et al. 2018, arXiv:1802.00420);
+            ``"exact"`` differentiates the computation, with the random numbers of the forward pass. The latter
+            computes every batch once more in the backward pass instead of keeping its activations.
+        seed: of the random numbers. None draws a new one from torch's global generator at each call; with an integer,
+            the result is a function of the seed and an image's position in the input, whatever ``batch_size``.
         device_type: ``"gpu"`` or ``"cpu"``: where a model that is loaded by path or name goes. A model that is passed
             stays where it is.
 
     Raises:
         ValueError: naming the argument that is not as described.
+
+    Example:
+        >>> class AddNoise(Purifier):
+        ...     stochastic, gradients = True, ("identity", "exact")
+        ...
+        ...     def purify(self, x, generator):
+        ...         return (x + 0.1 * generator.normal(x.shape[1:])).clamp(0, 1)
+        >>> purified, _ = AddNoise(clip_values=(0, 255), seed=1)(np.zeros((2, 1, 4, 4), np.uint8))
+        >>> purified.dtype, purified.shape
+        (dtype('uint8'), (2, 1, 4, 4))
     """
 
-    params = ["clip_values", "pixel_cnn", "batch_size", "verbose"]
+    params = ["clip_values", "batch_size", "verbose", "gradient", "seed"]
+    stochastic: bool = False
+    gradients: tuple[str, ...] = ("identity",)
+    model: Any = None
+    channels_first: bool | None = None
+    precision: torch.dtype = torch.float32  # the least of the images that ``purify`` gets
 
     def __init__(
         self,
-        clip_values: tuple[float, float] = (0.0, 1.0),
-        pixel_cnn: PixelCNNpp | str | PathLike[str] | None = None,
+        clip_values: ClipValues = (0.0, 1.0),
         batch_size: int = 128,
         apply_fit: bool = False,
         apply_predict: bool = True,
         verbose: bool = False,
         *,
+        gradient: str = "identity",
+        seed: int | None = None,
         device_type: str = "gpu",
     ) -> None:
         if device_type not in ("gpu", "cpu"):
             raise ValueError(f"device_type must be 'gpu' or 'cpu', got {device_type!r}")
         super().__init__(device_type=device_type, is_fitted=True, apply_fit=apply_fit, apply_predict=apply_predict)
         self.clip_values = clip_values
-        self.pixel_cnn = as_model(pixel_cnn, PixelCNNpp, self.device, name="pixel_cnn")
         self.batch_size = batch_size
         self.verbose = verbose
+        self.gradient = gradient
+        self.seed = seed
+        self._warned = False
+        self._check_params()
 
     @abstractmethod
-    def purify(self, levels: Tensor) -> Tensor:
-        """Purified levels of levels, both (N, C, H, W), uint8, on the model's device."""
-
-    def forward(self, x: Tensor, y: Any | None = None) -> tuple[Tensor, Any | None]:
-        """Purify a batch; autograd passes through as if this were the identity.
+    def purify(self, x: Tensor, generator: BatchGenerator) -> Tensor:
+        """Purify one batch.
 
         Args:
-            x: images (N, C, H, W) or (N, H, W, C) of the model's image shape, within ``clip_values``, of any dtype.
+            x: images (N, C, H, W) in [0, 1], float32 or float64, on the model's device.
+            generator: of all random numbers, with one stream for each image.
+
+        Returns:
+            Images of the shape of ``x``; if ``gradient`` is ``"exact"``, differentiable with respect to ``x``.
+        """
+
+    @property
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """(C, H, W) of the images; None for any shape."""
+        return None if self.model is None else self.model.image_shape
+
+    def forward(self, x: Tensor, y: Any | None = None) -> tuple[Tensor, Any | None]:
+        """Purify images; autograd passes through as ``gradient`` says.
+
+        Args:
+            x: images (N, C, H, W) or (N, H, W, C) of any dtype. Values outside ``clip_values`` are clipped, with a
+                warning the first time; the clipping's gradient is the identity.
             y: labels, handed through.
 
         Returns:
-            Images of the shape, dtype and device of ``x``, each value one of 256; and ``y``.
+            Images of the shape, dtype and device of ``x``; and ``y``.
 
         Raises:
-            ValueError: naming ``x``: a wrong shape, NaN or infinity, or values outside ``clip_values``.
+            ValueError: naming ``x``: a wrong shape, NaN or infinity, or values more than ten ranges outside
+                ``clip_values``.
         """
-        images = Images(self.pixel_cnn.image_shape, self.clip_values)
-        levels = images.to_levels(x.detach()).to(self.pixel_cnn.device)
-        purified = images.from_levels(self.purify(levels), like=x)
-        return (StraightThrough.apply(x, purified) if x.is_floating_point() else purified), y
+        return self.purified(x, self.clip_values), y
 
-    def __call__(self, x: np.ndarray, y: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray | None]:
-        """Purify a batch of arrays, for estimators of any framework.
+    def purified(self, x: Tensor, clip_values: ClipValues = UNIT) -> Tensor:
+        """Purify images of a given value range, whatever the purifier's own: as :meth:`forward` otherwise."""
+        images = Images(self.image_shape, clip_values, self.channels_first)
+        if images.check(x) and not self._warned:
+            self._warned = True
+            warnings.warn(f"images have values outside clip_values {images.shown}, which are clipped", stacklevel=3)
+        seed = self._call_seed()
+
+        def purify(part: Tensor, start: int) -> Tensor:
+            device = part.device if self.model is None else self.model.device
+            dtype = torch.promote_types(part.dtype if part.is_floating_point() else torch.float32, self.precision)
+            unit = StraightThrough.apply(images.to_unit(part), lambda values: values.clamp(0, 1)).to(device, dtype)
+            generator = BatchGenerator(seed, range(start, start + len(part)), device, dtype)
+            return images.from_unit(self.purify(unit, generator), like=part)
+
+        def batches(function: Callable[[slice], Tensor]) -> Tensor:
+            def batch(positions: Tensor) -> Tensor:
+                start = int(positions[0]) if len(positions) else 0
+                return function(slice(start, start + len(positions)))
+
+            with self._evaluating(x.device):
+                return map_batches(batch, torch.arange(len(x)), self.batch_size, verbose=self.verbose, what="purify")
+
+        if x.is_floating_point() and self.gradient == "exact":
+            return Recomputed.apply(x, purify, batches)
+        with torch.no_grad():
+            result = batches(lambda part: purify(x[part], part.start))
+        return StraightThrough.apply(x, lambda _: result) if x.is_floating_point() else result
+
+    def __call__(self, x: Any, y: Any | None = None) -> tuple[Any, Any | None]:
+        """Purify arrays, for estimators of any framework.
 
         Args:
-            x: images (N, C, H, W) or (N, H, W, C) of the model's image shape, within ``clip_values``, of any dtype.
+            x: images as for :meth:`forward`, as an array or what NumPy makes one of. A tensor is handed to
+                :meth:`forward`.
             y: labels, handed through.
 
         Returns:
             Images of the shape and dtype of ``x``; and ``y``.
 
         Raises:
-            ValueError: naming ``x``: a wrong shape, NaN or infinity, or values outside ``clip_values``.
+            ValueError: as :meth:`forward`.
         """
+        if isinstance(x, Tensor):
+            return self.forward(x, y)
         with torch.no_grad():
-            purified, _ = self.forward(Images.as_tensor(x))
+            purified, _ = self.forward(as_tensor(x))
         return purified.cpu().numpy().astype(np.asarray(x).dtype, copy=False), y
 
     def estimate_gradient(self, x: np.ndarray, grad: np.ndarray) -> np.ndarray:
-        """The gradient at the purified image, handed through (BPDA); purifying once more would tell nothing new."""
-        return grad
+        """The gradient for ``x``, for estimators of other frameworks: ``grad``, or the exact one at a new draw."""
+        return grad if self.gradient == "identity" else super().estimate_gradient(x, grad)
 
     def set_params(self, **kwargs: Any) -> None:
-        """As in ART.
+        """Set parameters by name.
 
         Raises:
             ValueError: naming the parameter that is not as described; all of them are left as they were.
@@ -127,14 +292,32 @@ class Purifier(PreprocessorPyTorch):
         with all_or_none(self):
             super().set_params(**kwargs)
 
+    def _call_seed(self) -> int:
+        """The seed of a call's random numbers."""
+        if self.stochastic and self.seed is None:
+            return int(torch.randint(2**62, ()))
+        return self.seed or 0
+
+    @contextmanager
+    def _evaluating(self, device: torch.device) -> Iterator[None]:
+        """No dropout, full precision and no autocast, whatever the caller has set."""
+        model = self.model if hasattr(self.model, "evaluating") else None
+        with torch.autocast(device.type, enabled=False), nullcontext() if model is None else model.evaluating():
+            yield
+
     def _check_params(self) -> None:
         self.clip_values = check_clip_values(self.clip_values)
-        self.pixel_cnn = as_model(self.pixel_cnn, PixelCNNpp, self.device, name="pixel_cnn")
         self.batch_size = check_count("batch_size", self.batch_size)
         if not isinstance(self.verbose, bool):
             raise ValueError(f"verbose must be a bool, got {self.verbose!r}")
+        if self.gradient not in self.gradients:
+            supported = " or ".join(map(repr, self.gradients))
+            raise ValueError(f"gradient must be {supported} for {type(self).__name__}, got {self.gradient!r}")
+        if self.seed is not None:
+            self.seed = check_count("seed", self.seed, least=0)
 
     def __repr__(self) -> str:
-        names: Sequence[str] = [name for name in self.params if name != "pixel_cnn"]
-        settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
-        return f"{type(self).__name__}({settings})"
+        names = [name for name in signature(type(self)).parameters if name in self.params]
+        settings = {name: getattr(self, name) for name in names}
+        shown = [f"{name}={value!r}" for name, value in settings.items() if not isinstance(value, nn.Module)]
+        return f"{type(self).__name__}({', '.join(shown)})"

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from os import PathLike
 
+import torch
 from torch import Tensor
 
+from art_pixeldefend.levels import TOP, ClipValues, to_levels
 from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
 from art_pixeldefend.models.pixelcnnpp.decoders import greedy_decode
 from art_pixeldefend.models.pixelcnnpp.decoders.decode import choose_engine
-from art_pixeldefend.purifiers.base import Purifier
+from art_pixeldefend.models.zoo import as_model
+from art_pixeldefend.purifiers.base import BatchGenerator, Purifier
 from art_pixeldefend.validation import check_eps
+
+UNIFORM = 8.0  # bits per dimension of the uniform distribution over 256 levels
+SCORED = 4  # images of the first batch that are scored, to find a density model that does not fit them
 
 
 class PixelDefend(Purifier):
@@ -18,31 +25,40 @@ class PixelDefend(Purifier):
 
         x*[i, j, k] = argmax over z, |z - x[i, j, k]| <= eps, of p(z | x* before it)
 
+    Images are rounded to 8-bit levels first. The result is piecewise constant, so gradients pass through as if it were
+    the identity (BPDA). It does not withstand attacks that use this (Athalye et al. 2018, arXiv:1802.00420).
+
     | Paper link: https://arxiv.org/abs/1710.10766
 
-    | What it does not withstand: an attacker who knows of it and takes its backward pass for the identity, as this
-      class lets ART's attacks do (https://arxiv.org/abs/1802.00420).
-
     Args:
-        clip_values: (minimum, maximum) of the images: levels 0 and 255.
-        eps: eps_defend in levels, 0..255 (the paper: 32 for Fashion-MNIST, 16 for CIFAR-10).
-        pixel_cnn: the density model; a :class:`PixelCNNpp`, a path, or the name of a bundled one.
+        clip_values: (minimum, maximum) of the images, as numbers or as arrays that broadcast over an image: levels 0
+            and 255.
+        eps: radius eps_defend in levels, 0..255 (the paper: 32 for Fashion-MNIST, 16 for CIFAR-10).
+        pixel_cnn: the density model: a :class:`PixelCNNpp`, the path of one, or the name of a bundled one.
         batch_size: most images in memory at a time.
         apply_fit: purify in the classifier's training, too.
         apply_predict: purify in prediction, and so in attacks.
         verbose: show a progress bar.
-        method: how :func:`greedy_decode` finds the image; all ways find the same one.
-        device_type: ``"gpu"`` or ``"cpu"``, as in ART.
+        method: the decoder that :func:`greedy_decode` uses; all return the same images.
+        device_type: ``"gpu"`` or ``"cpu"``: where a model that is loaded by path or name goes.
 
     Raises:
         ValueError: naming the argument that is not as described.
+
+    Example:
+        >>> from art_pixeldefend import datasets
+        >>> x = datasets.load("digits").x_test[:4]  # uint8
+        >>> purified, _ = PixelDefend(clip_values=(0, 255), eps=32, pixel_cnn="digits")(x)
+        >>> purified.shape, purified.dtype
+        ((4, 1, 8, 8), dtype('uint8'))
     """
 
-    params = [*Purifier.params, "eps", "method"]
+    params = [*Purifier.params, "eps", "pixel_cnn", "method"]
+    precision = torch.float64  # rounding to levels is that of the exact value
 
     def __init__(
         self,
-        clip_values: tuple[float, float] = (0.0, 1.0),
+        clip_values: ClipValues = (0.0, 1.0),
         eps: int = 16,
         pixel_cnn: PixelCNNpp | str | PathLike[str] | None = None,
         batch_size: int = 128,
@@ -53,18 +69,41 @@ class PixelDefend(Purifier):
         method: str = "auto",
         device_type: str = "gpu",
     ) -> None:
-        super().__init__(clip_values, pixel_cnn, batch_size, apply_fit, apply_predict, verbose, device_type=device_type)
         self.eps = eps
+        self.pixel_cnn: PixelCNNpp = pixel_cnn  # type: ignore[assignment]  # _check_params loads it
         self.method = method
-        self._check_params()
+        self._scored = False
+        super().__init__(clip_values, batch_size, apply_fit, apply_predict, verbose, device_type=device_type)
 
-    def purify(self, levels: Tensor) -> Tensor:
+    @property
+    def model(self) -> PixelCNNpp:  # type: ignore[override]
+        """The density model."""
+        return self.pixel_cnn
+
+    def purify(self, x: Tensor, generator: BatchGenerator) -> Tensor:
+        """The purified images of ``x``, both (N, C, H, W) in [0, 1]; every value is one of 256 levels."""
+        levels = to_levels(x)
+        if not self._scored and len(levels):
+            self._scored = True
+            self._check_density(levels[:SCORED])
+        return self.purify_levels(levels).to(x.dtype) / TOP
+
+    def purify_levels(self, levels: Tensor) -> Tensor:
         """Purified levels of levels, both (N, C, H, W), uint8, on the model's device."""
-        return greedy_decode(
-            self.pixel_cnn, levels, self.eps, self.method, batch_size=self.batch_size, verbose=self.verbose
-        )
+        return greedy_decode(self.pixel_cnn, levels, self.eps, self.method, batch_size=self.batch_size)
+
+    def _check_density(self, levels: Tensor) -> None:
+        """Warn if the density model is no better than a uniform distribution."""
+        bits = self.pixel_cnn.bits_per_dim(levels).median().item()
+        if bits >= UNIFORM:
+            warnings.warn(
+                f"the density model gives the images {bits:.1f} bits per dimension, no fewer than a uniform "
+                f"distribution ({UNIFORM:g}): it does not fit them, and purifying is unlikely to help",
+                stacklevel=2,
+            )
 
     def _check_params(self) -> None:
         super()._check_params()
+        self.pixel_cnn = as_model(self.pixel_cnn, PixelCNNpp, self.device, name="pixel_cnn")
         self.eps = check_eps("eps", self.eps)
         choose_engine(self.pixel_cnn, self.method)

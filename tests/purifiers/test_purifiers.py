@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from art_pixeldefend import levels as images
 from art_pixeldefend.purifiers.adaptive_pixel_defend import largest_harmless_threshold
 
 SHAPE = (1, 6, 6)
+pytestmark = pytest.mark.filterwarnings("ignore:the density model gives")  # the models here have random weights
 RANGES = [(0.0, 1.0), (0.0, 255.0), (-1.0, 1.0), (-0.5, 2.5)]
 
 
@@ -367,8 +369,8 @@ def test_a_missing_model_file_is_named():
         np.zeros((2, 1, 6, 7)),
         np.full((1, 1, 6, 6), np.nan),
         np.full((1, 1, 6, 6), np.inf),
-        np.full((1, 1, 6, 6), 1 + 0.51 / 255),
-        np.full((1, 1, 6, 6), -0.51 / 255),
+        np.full((1, 1, 6, 6), 11.1),
+        np.full((1, 1, 6, 6), -10.1),
         np.full((1, 1, 6, 6), "a"),
         np.full((1, 1, 6, 6), None),
     ],
@@ -380,8 +382,28 @@ def test_images_that_are_none_are_refused_by_name(pixel_cnn, x):
 
 def test_values_less_than_half_a_level_outside_are_clipped(pixel_cnn):
     x = np.full((1, *SHAPE), 1 + 0.49 / 255)
-    result, _ = PixelDefend(eps=0, pixel_cnn=pixel_cnn)(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result, _ = PixelDefend(eps=0, pixel_cnn=pixel_cnn)(x)
     np.testing.assert_array_equal(result, np.ones_like(x))
+
+
+@pytest.mark.parametrize("value", [1 + 0.51 / 255, -0.51 / 255, 10.9, -9.9])
+def test_values_outside_are_clipped_with_one_warning_per_instance(pixel_cnn, value):
+    x = np.full((1, *SHAPE), value)
+    for _ in range(2):
+        defence = PixelDefend(eps=0, pixel_cnn=pixel_cnn)
+        with pytest.warns(UserWarning, match=r"outside clip_values \(0, 1\)"):
+            result, _ = defence(x)
+        np.testing.assert_array_equal(result, np.clip(x, 0, 1))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            defence(x)
+
+
+def test_pixels_of_0_to_255_under_a_range_of_0_to_1_are_refused_with_a_hint(pixel_cnn, levels):
+    with pytest.raises(ValueError, match=r"^x must be within clip_values \(0, 1\).*clip_values=\(0, 255\)"):
+        PixelDefend(pixel_cnn=pixel_cnn)(levels)
 
 
 # Adaptive PixelDefend
