@@ -7,22 +7,23 @@ if TYPE_CHECKING:
     from art_pixeldefend.detectors import PixelDefendDetector
     from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
     from art_pixeldefend.models.pixelcnnpp.decoders import greedy_decode
-    from art_pixeldefend.purifiers import AdaptivePixelDefend, PixelDefend
+    from art_pixeldefend.purifiers import AdaptivePixelDefend, PixelDefend, PurifiedModel
 
 __version__ = "0.1.0"
-__all__ = ["AdaptivePixelDefend", "PixelCNNpp", "PixelDefend", "PixelDefendDetector", "greedy_decode"]
+__all__ = ["AdaptivePixelDefend", "PixelCNNpp", "PixelDefend", "PixelDefendDetector", "PurifiedModel", "greedy_decode"]
 
 _MODULES = {
     "AdaptivePixelDefend": "purifiers",
     "PixelCNNpp": "models.pixelcnnpp",
     "PixelDefend": "purifiers",
     "PixelDefendDetector": "detectors",
+    "PurifiedModel": "purifiers",
     "greedy_decode": "models.pixelcnnpp.decoders",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch and ART, seconds of work, when one of their classes is asked for: not for ``--help``."""
+    """Import a public name on first use: torch and ART take seconds, which ``--help`` need not wait for."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

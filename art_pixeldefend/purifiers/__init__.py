@@ -3,5 +3,6 @@
 from art_pixeldefend.purifiers.adaptive_pixel_defend import AdaptivePixelDefend
 from art_pixeldefend.purifiers.base import Purifier
 from art_pixeldefend.purifiers.pixel_defend import PixelDefend
+from art_pixeldefend.purifiers.purified_model import PurifiedModel
 
-__all__ = ["AdaptivePixelDefend", "PixelDefend", "Purifier"]
+__all__ = ["AdaptivePixelDefend", "PixelDefend", "PurifiedModel", "Purifier"]
