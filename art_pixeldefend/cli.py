@@ -191,7 +191,7 @@ def detect(
             typer.echo(f"--training {training} is not read: {likelihoods} is there and holds the likelihoods", err=True)
         detector.load(likelihoods)
     elif training:
-        detector.fit(datasets.load(training, data_dir).x_train)
+        detector.fit(datasets.load(training, data_dir).train_and_calibration().x)
         if likelihoods:
             detector.save(likelihoods)
     else:

@@ -1,24 +1,28 @@
-"""Data sets by name or path, as 8-bit levels in NCHW.
+"""Data sets by name or path: 8-bit images (N, C, H, W) in train, calibration and test splits.
 
-Names: ``digits`` (scikit-learn's, embedded), ``fashion-mnist``, ``cifar-10`` (the official files, from a data directory
-or downloaded into it). Paths: a folder of images, an ``.npz``.
+Names: ``digits`` (scikit-learn's, no download), ``fashion-mnist``, ``cifar-10`` (the official files, from a data
+directory or downloaded into it). Paths: a folder of images, or an ``.npz``.
 """
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
 import tarfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
 import numpy as np
 import pooch
 
+from art_pixeldefend.files import write_atomically
 from art_pixeldefend.image_files import as_nchw, read_arrays, read_images
+from art_pixeldefend.validation import check_labels
 
 DATA_DIR_VARIABLE = "ART_PIXELDEFEND_DATA"
 FASHION_MNIST_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
@@ -31,74 +35,191 @@ FASHION_MNIST_MD5 = {
 CIFAR_10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR_10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 CIFAR_10_FOLDER = "cifar-10-batches-bin"
+CIFAR_10_FILES = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
+CIFAR_10_IMAGES = 10_000  # in each file
+
+
+class Split(NamedTuple):
+    """Labelled images.
+
+    Args:
+        x: levels (N, C, H, W), uint8.
+        y: class numbers (N,), int64.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images and labels, split.
+    """Labelled images in three disjoint splits: train, calibration and test.
+
+    Density models are trained on the train split. P-values and thresholds are valid only if they are calibrated on
+    images that the model has not seen: use :meth:`calibration`, and report results on :meth:`test`.
+
+        >>> from art_pixeldefend import PixelCNNpp, datasets
+        >>> data, model = datasets.load("digits"), PixelCNNpp.from_pretrained("digits")
+        >>> len(data.x_train), len(data.x_calibration), len(data.x_test)
+        (1258, 139, 400)
+        >>> len(data.calibration(model).x), len(data.test(model).x)  # this model was trained on x_calibration, too
+        (200, 200)
 
     Args:
-        name: as it was asked for.
-        x_train, x_test: levels (N, C, H, W), uint8.
-        y_train, y_test: class numbers (N,), int64; all zeros where the source has no labels.
-        classes: their names, in order; one, "image", where the source has no labels.
+        name: as given to :func:`load`.
+        x_train, x_calibration, x_test: levels (N, C, H, W), uint8.
+        y_train, y_calibration, y_test: class numbers (N,), int64; all zero where the source has no labels.
+        classes: the names of the classes, in order; only "image" where the source has no labels.
+        order: the positions in the source of the train images, followed by those of the calibration images.
+        reserved: the number of test images, counted from the end, that calibrate models which were trained on the
+            calibration split.
     """
 
     name: str
     x_train: np.ndarray
     y_train: np.ndarray
+    x_calibration: np.ndarray
+    y_calibration: np.ndarray
     x_test: np.ndarray
     y_test: np.ndarray
     classes: tuple[str, ...]
+    order: np.ndarray
+    reserved: int
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
         return self.x_train.shape[1:]
 
+    def calibration(self, model: Any) -> Split:
+        """Images for calibrating a detector or a threshold of ``model``, which it was not trained on.
+
+        For a model that was trained on ``x_train`` these are ``x_calibration``; its provenance says so, as the trainer
+        of this package records a :func:`fingerprint` of the training images. Any other model is assumed to have seen
+        all training images, as the bundled ``digits``, ``fashion-mnist`` and ``fashion-mnist-40x5`` have: for them
+        these are the last ``reserved`` test images, which must be in no particular order.
+
+        Args:
+            model: a density model. If it was made elsewhere and you trained it on ``x_train`` only, use
+                ``x_calibration`` and ``y_calibration`` directly.
+        """
+        if self.held_out_from(model):
+            return Split(self.x_calibration, self.y_calibration)
+        return self.reserve()
+
+    def test(self, model: Any) -> Split:
+        """The test images that are not among :meth:`calibration` of ``model``."""
+        count = len(self.x_test) - (0 if self.held_out_from(model) else self.reserved)
+        return Split(self.x_test[:count], self.y_test[:count])
+
+    def reserve(self) -> Split:
+        """The last ``reserved`` test images: unseen by every density model, and by every classifier."""
+        start = len(self.x_test) - self.reserved
+        return Split(self.x_test[start:], self.y_test[start:])
+
+    def train_and_calibration(self) -> Split:
+        """Train and calibration images together, in the order of the source: the official training images.
+
+        The classifiers of the published tables are trained on these.
+        """
+        back = np.argsort(self.order)
+        x, y = ((self.x_train, self.x_calibration), (self.y_train, self.y_calibration))
+        return Split(np.concatenate(x)[back], np.concatenate(y)[back])
+
+    def held_out_from(self, model: Any) -> bool:
+        """Whether, by its provenance, ``model`` was trained on ``x_train`` without the calibration images."""
+        provenance = getattr(model, "provenance", None)
+        recorded = provenance.get(FINGERPRINT) if isinstance(provenance, Mapping) else None
+        return recorded is not None and recorded == fingerprint(self.x_train)
+
+
+FINGERPRINT = "training_images_sha256"  # the entry of a model's provenance
+
+
+def fingerprint(x: np.ndarray) -> str:
+    """A SHA-256 of images (N, C, H, W), uint8, and their shape; the order of the images matters."""
+    digest = hashlib.sha256(repr(tuple(map(int, x.shape))).encode())
+    digest.update(np.ascontiguousarray(x).data)
+    return digest.hexdigest()
+
 
 def load(name: str | PathLike[str], data_dir: str | PathLike[str] | None = None, *, download: bool = True) -> Dataset:
-    """The data set of this name, or at this path.
+    """Load the data set of this name, or at this path.
+
+    The calibration split is a tenth of the training images, chosen by a hash of their pixels, so that it does not
+    depend on the order of the images.
 
     Args:
         name: ``digits``, ``fashion-mnist``, ``cifar-10``, a folder of images of one size, or an ``.npz`` of
-            ``x_train`` and, as far as there are any, ``y_train``, ``x_test``, ``y_test`` (uint8, any usual layout).
-        data_dir: where the official files are, or shall be put; by default the environment variable
-            ``ART_PIXELDEFEND_DATA``, else a folder in the user's cache.
-        download: fetch what is missing, and check it against the official checksums.
+            ``x_train`` and optionally ``x_calibration``, ``x_test`` (uint8, any usual layout) and ``y_train``,
+            ``y_calibration``, ``y_test`` (class numbers or one-hot). Without test images, a tenth of all is test.
+        data_dir: where the official files are, or are downloaded to: their own folder or the one above it; by default
+            the environment variable ``ART_PIXELDEFEND_DATA``, else a folder in the user's cache.
+        download: fetch missing files, and check them against the official checksums.
 
     Raises:
-        ValueError: for an unknown name, or a file that is cut short or not what it should be.
-        FileNotFoundError: if the official files are missing and may not, or cannot, be downloaded.
+        ValueError: for an unknown name, or a file that is truncated or of another kind.
+        FileNotFoundError: if official files are missing and may not, or cannot, be downloaded.
     """
     if name in NAMED:
         folder = Path(data_dir or os.environ.get(DATA_DIR_VARIABLE) or pooch.os_cache("art-pixeldefend"))
         return NAMED[str(name)](folder, download)
     path = Path(name)
     if path.is_dir():
-        return _split(str(name), read_images(path).levels)
+        x = read_images(path).levels
+        return _dataset(str(name), *_without_a_tenth(Split(x, np.zeros(len(x), np.int64))), ("image",))
     if path.suffix == ".npz" and path.is_file():
         return _npz(path)
     raise ValueError(f"name must be one of {', '.join(NAMED)}, a folder of images or an .npz file, got {str(name)!r}")
 
 
+def _dataset(
+    name: str,
+    train: Split,
+    test: Split,
+    classes: tuple[str, ...],
+    calibration: Split | None = None,
+    reserved: int | None = None,
+) -> Dataset:
+    """Separate calibration images from the training images, unless they are given.
+
+    ``reserved`` is by default a fifth of the test images.
+    """
+    order = np.arange(len(train.x) + (len(calibration.x) if calibration else 0))
+    if calibration is None:
+        chosen = _smallest_hashes(train.x)
+        order = np.concatenate([np.flatnonzero(~chosen), np.flatnonzero(chosen)])
+        calibration, train = (Split(train.x[which], train.y[which]) for which in (chosen, ~chosen))
+    reserved = len(test.x) // 5 if reserved is None else reserved
+    return Dataset(name, *train, *calibration, *test, classes, order, reserved)
+
+
+def _smallest_hashes(x: np.ndarray) -> np.ndarray:
+    """Mark the tenth of the images (N, C, H, W) whose bytes have the smallest SHA-256; ties go to the first."""
+    digests = [hashlib.sha256(image.tobytes()).digest() for image in x]
+    chosen = np.zeros(len(x), bool)
+    chosen[sorted(range(len(x)), key=digests.__getitem__)[: len(x) // 10]] = True
+    return chosen
+
+
 # Named sets
 
 
-def _digits(folder: Path, download: bool) -> Dataset:
+def _digits(data_dir: Path, download: bool) -> Dataset:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     levels = np.round(digits.images * (255 / 16)).astype(np.uint8)[:, None]  # scikit-learn's are 0..16
     order = np.random.default_rng(0).permutation(len(levels))
     x, y = levels[order], digits.target[order].astype(np.int64)
-    return Dataset("digits", x[:1397], y[:1397], x[1397:], y[1397:], tuple("0123456789"))
+    train, test = Split(x[:1397], y[:1397]), Split(x[1397:], y[1397:])
+    return _dataset("digits", train, test, tuple("0123456789"), reserved=200)
 
 
-def _fashion_mnist(folder: Path, download: bool) -> Dataset:
-    arrays = {}
+def _fashion_mnist(data_dir: Path, download: bool) -> Dataset:
+    folder, arrays = _folder(data_dir, "fashion-mnist", FASHION_MNIST_MD5), {}
     for file, md5 in FASHION_MNIST_MD5.items():
-        path = folder / "fashion-mnist" / file
+        path = folder / file
         if not path.is_file():
             _download(FASHION_MNIST_URL + file, md5, path, download)
         arrays[file] = _idx(path)
@@ -107,30 +228,30 @@ def _fashion_mnist(folder: Path, download: bool) -> Dataset:
         if images.shape != (count, 28, 28) or labels.shape != (count,):
             raise ValueError(f"fashion-mnist: expected {count} images of 28 x 28, got {images.shape}, {labels.shape}")
     classes = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
-    return Dataset(
-        "fashion-mnist", x_train[:, None], y_train.astype(np.int64), x_test[:, None], y_test.astype(np.int64), classes
-    )
+    train, test = (Split(x[:, None], y.astype(np.int64)) for x, y in ((x_train, y_train), (x_test, y_test)))
+    return _dataset("fashion-mnist", train, test, classes)
 
 
-def _cifar_10(folder: Path, download: bool) -> Dataset:
-    files = [
-        folder / CIFAR_10_FOLDER / f"{name}.bin" for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
-    ]
-    if not all(path.is_file() for path in files):
-        archive = folder / "cifar-10-binary.tar.gz"
+def _cifar_10(data_dir: Path, download: bool) -> Dataset:
+    folder = _folder(data_dir, CIFAR_10_FOLDER, CIFAR_10_FILES)
+    if missing := [file for file in CIFAR_10_FILES if not (folder / file).is_file()]:
+        archive = data_dir / "cifar-10-binary.tar.gz"
         _download(CIFAR_10_URL, CIFAR_10_MD5, archive, download)
-        with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data")
+        _extract(archive, folder, missing)
+    size = CIFAR_10_IMAGES * 3073
     batches = []
-    for path in files:
+    for path in (folder / file for file in CIFAR_10_FILES):
         data = np.fromfile(path, dtype=np.uint8)
-        if data.size != 10_000 * 3073:
-            raise ValueError(f"{str(path)!r} is cut short: expected {10_000 * 3073} bytes, got {data.size}")
-        batches.append(data.reshape(10_000, 3073))
+        if data.size != size:
+            raise ValueError(
+                f"{str(path)!r} must have {size} bytes, got {data.size}: delete it, and it is extracted again"
+            )
+        batches.append(data.reshape(CIFAR_10_IMAGES, 3073))
     data = np.concatenate(batches)
     x, y = data[:, 1:].reshape(-1, 3, 32, 32), data[:, 0].astype(np.int64)
     classes = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-    return Dataset("cifar-10", x[:50_000], y[:50_000], x[50_000:], y[50_000:], classes)
+    end = 5 * CIFAR_10_IMAGES
+    return _dataset("cifar-10", Split(x[:end], y[:end]), Split(x[end:], y[end:]), classes)
 
 
 NAMED: dict[str, Callable[[Path, bool], Dataset]] = {
@@ -140,8 +261,16 @@ NAMED: dict[str, Callable[[Path, bool], Dataset]] = {
 }
 
 
+def _folder(data_dir: Path, name: str, files: Collection[str]) -> Path:
+    """The folder of a set's official files: ``data_dir`` itself if some are there, else its subfolder ``name``."""
+    inside = data_dir / name
+    return data_dir if not inside.is_dir() and any((data_dir / file).is_file() for file in files) else inside
+
+
 def _download(url: str, md5: str, path: Path, allowed: bool) -> None:
-    """Fetch one official file; pooch checks it and puts it in place whole."""
+    """Download one official file, unless it is there; pooch checks it and moves it into place."""
+    if path.is_file() and pooch.file_hash(str(path), "md5") == md5:
+        return
     advice = f"put the official files there, or name their folder by data_dir or {DATA_DIR_VARIABLE}"
     if not allowed:
         raise FileNotFoundError(f"{str(path)!r} is missing: {advice}")
@@ -151,18 +280,30 @@ def _download(url: str, md5: str, path: Path, allowed: bool) -> None:
         raise FileNotFoundError(f"{str(path)!r} is missing and cannot be downloaded ({error}): {advice}") from error
 
 
+def _extract(archive: Path, folder: Path, files: Collection[str]) -> None:
+    """Write the named files of a tar archive into ``folder``, each atomically.
+
+    (``pooch.Untar`` writes in place: an interruption leaves a truncated file, and other processes read it meanwhile.)
+    """
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            name = PurePosixPath(member.name).name
+            if name in files and (content := tar.extractfile(member)) is not None:
+                write_atomically(folder / name, content.read())
+
+
 def _idx(path: Path) -> np.ndarray:
-    """A gzipped IDX file of unsigned bytes: two zeros, type 8, number of axes, their sizes, the data."""
+    """Read a gzipped IDX file of unsigned bytes: two zeros, type 8, number of axes, their sizes, the data."""
     try:
         data = gzip.decompress(path.read_bytes())
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{str(path)!r} is cut short or no gzip file: {error}") from error
+        raise ValueError(f"{str(path)!r} is truncated or not a gzip file: {error}") from error
     if len(data) < 4 or data[:3] != b"\0\0\x08":
-        raise ValueError(f"{str(path)!r} is no IDX file of unsigned bytes")
+        raise ValueError(f"{str(path)!r} is not an IDX file of unsigned bytes")
     start = 4 + 4 * data[3]
     shape = np.frombuffer(data[4:start], dtype=">u4").astype(int)
     if len(data) != start + shape.prod():
-        raise ValueError(f"{str(path)!r} is cut short: {len(data) - start} bytes for an array of {tuple(shape)}")
+        raise ValueError(f"{str(path)!r} is truncated: {len(data) - start} bytes for an array of {tuple(shape)}")
     return np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape).copy()
 
 
@@ -173,33 +314,30 @@ def _npz(path: Path) -> Dataset:
     arrays = read_arrays(path)
     if "x_train" not in arrays:
         raise ValueError(f"{str(path)!r} must hold an array x_train, got {sorted(arrays) or 'nothing'}")
-    x = as_nchw("x_train", arrays["x_train"])
-    y = _labels("y_train", arrays.get("y_train"), len(x))
-    if "x_test" not in arrays:
-        return _split(str(path), x, y)
-    x_test = as_nchw("x_test", arrays["x_test"])
-    if x_test.shape[1:] != x.shape[1:]:
-        raise ValueError(f"x_test must have images of x_train's shape {x.shape[1:]}, got {x_test.shape[1:]}")
-    y_test = _labels("y_test", arrays.get("y_test"), len(x_test))
-    return Dataset(str(path), x, y, x_test, y_test, _classes(y))
+    train = _arrays(arrays, "train")
+    shape = train.x.shape[1:]
+    calibration = _arrays(arrays, "calibration", shape) if "x_calibration" in arrays else None
+    classes = _classes(train.y)
+    train, test = (train, _arrays(arrays, "test", shape)) if "x_test" in arrays else _without_a_tenth(train)
+    return _dataset(str(path), train, test, classes, calibration)
 
 
-def _labels(name: str, labels: np.ndarray | None, count: int) -> np.ndarray:
-    if labels is None:
-        return np.zeros(count, np.int64)
-    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer) or (count and labels.min() < 0):
-        raise ValueError(f"{name} must be {count} class numbers, got {labels.dtype} of shape {labels.shape}")
-    return labels.astype(np.int64)
+def _arrays(arrays: Mapping[str, np.ndarray], split: str, shape: tuple[int, ...] | None = None) -> Split:
+    """The images of one split, checked, with their labels; zeros where there are none."""
+    x = as_nchw(f"x_{split}", arrays[f"x_{split}"])
+    if shape is not None and x.shape[1:] != shape:
+        raise ValueError(f"x_{split} must have images of x_train's shape {shape}, got {x.shape[1:]}")
+    y = arrays.get(f"y_{split}")
+    return Split(x, np.zeros(len(x), np.int64) if y is None else check_labels(f"y_{split}", y, len(x)))
 
 
 def _classes(y: np.ndarray) -> tuple[str, ...]:
     return tuple(map(str, range(int(y.max()) + 1))) if len(y) and y.max() else ("image",)
 
 
-def _split(name: str, x: np.ndarray, y: np.ndarray | None = None) -> Dataset:
-    """Every tenth image of a shuffled order becomes test data, at least one of two."""
-    y = np.zeros(len(x), np.int64) if y is None else y
-    order = np.random.default_rng(0).permutation(len(x))
-    held_out = max(1, len(x) // 10) if len(x) > 1 else 0
-    train, test = order[held_out:], order[:held_out]
-    return Dataset(name, x[train], y[train], x[test], y[test], _classes(y))
+def _without_a_tenth(images: Split) -> tuple[Split, Split]:
+    """Shuffle images, and separate a tenth of them as test images, at least one of two."""
+    order = np.random.default_rng(0).permutation(len(images.x))
+    held_out = max(1, len(order) // 10) if len(order) > 1 else 0
+    rest, tenth = (Split(images.x[which], images.y[which]) for which in (order[held_out:], order[:held_out]))
+    return rest, tenth

@@ -130,6 +130,30 @@ def check_levels(name: str, x: Any, image_shape: tuple[int, int, int]) -> Tensor
     return x.to(torch.uint8)
 
 
+def check_labels(name: str, y: Any, count: int) -> np.ndarray:
+    """Class numbers (``count``,), int64, of labels given as (N,) or (N, 1) class numbers, or one-hot (N, classes).
+
+    Raises:
+        ValueError: naming the argument ``name``, for labels of another form or number.
+    """
+    try:
+        labels = np.asarray(y.detach().cpu() if isinstance(y, Tensor) else y)
+    except (TypeError, ValueError):  # lists of different lengths
+        labels = np.empty((), object)
+    given = f"{labels.dtype} of shape {labels.shape}"
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    elif labels.ndim == 2 and labels.dtype.kind in "biuf" and _is_one_hot(labels):
+        labels = labels.argmax(axis=1)
+    if labels.shape != (count,) or labels.dtype.kind not in "iu" or (count and labels.min() < 0):
+        raise ValueError(f"{name} must be {count} class numbers or one-hot rows, got {given}")
+    return labels.astype(np.int64)
+
+
+def _is_one_hot(labels: np.ndarray) -> bool:
+    return bool(np.isin(labels, (0, 1)).all() and (labels.sum(axis=1) == 1).all())
+
+
 def _as_float(value: Any) -> float:
     """NaN for what is no real number."""
     return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan

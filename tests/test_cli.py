@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import art_pixeldefend.detectors  # noqa: F401  (binds as_model before a test replaces it)
 from art_pixeldefend import cli, datasets
 from art_pixeldefend.models.zoo import names
 

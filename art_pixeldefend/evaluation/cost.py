@@ -64,10 +64,10 @@ class _Pieces:
 
     def calibration(self, row: Row) -> float:
         """Of a row's threshold: every attack on the bare classifier's validation images, alone and purified."""
-        grid, count = self.stages.grid, len(self.stages.splits["validation"][1])
+        grid, count = self.stages.grid, len(self.stages.splits["reserve"][1])
         cells = [Cell(row.classifier, attack, eps) for attack in grid.attacks for eps in grid.eps_of(row)]
         each = self.defence[row.defence] + 2 * self._prediction(row)
-        return sum(self._attack(cell, count, "validation") + count * each for cell in cells)
+        return sum(self._attack(cell, count, "reserve") + count * each for cell in cells)
 
     def cell(self, cell: Cell) -> float:
         """Of a cell: the attack, the defence, and the prediction."""

@@ -24,7 +24,7 @@ from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
 from art_pixeldefend.purifiers import AdaptivePixelDefend, PixelDefend
 
 EPS_ATTACK, EPS_DEFEND = 40, 56  # of 255 levels; a digit's own steps are 16
-VALIDATION = 100  # test images that choose the adaptive threshold; the table is of the others
+VALIDATION = 100  # of the calibration images, which the table does not report, choose the adaptive threshold
 NAMES = {"clean": "clean", "rand": "RAND", "fgsm": "FGSM", "bim": "BIM", "deepfool": "DeepFool", "cw": "CW"}
 
 
@@ -36,16 +36,17 @@ def run(out: Path, *, seed: int = 0, verbose: bool = True) -> str:
     """
     began = time.perf_counter()
     data, pixel_cnn = datasets.load("digits"), PixelCNNpp.from_pretrained("digits")
-    classifier = train_classifier(as_images(data.x_train), data.y_train, seed)
+    train, calibration, test = data.train_and_calibration(), data.calibration(pixel_cnn), data.test(pixel_cnn)
+    classifier = train_classifier(as_images(train.x), train.y, seed)
     _say(verbose, f"classifier trained ({time.perf_counter() - began:.0f} s)")
 
-    attacked = attack(classifier, as_images(data.x_test), data.y_test, seed)
-    validation = {name: x[:VALIDATION] for name, x in attacked.items()}
-    images, y = {name: x[VALIDATION:] for name, x in attacked.items()}, data.y_test[VALIDATION:]
+    validation = attack(classifier, as_images(calibration.x[:VALIDATION]), calibration.y[:VALIDATION], seed)
+    images, y = attack(classifier, as_images(test.x), test.y, seed), test.y
     _say(verbose, f"attacked ({time.perf_counter() - began:.0f} s)")
 
     defences = make_defences(pixel_cnn)
-    threshold = defences["Adaptive PixelDefend"].calibrate(classifier, attacks_of(validation), data.y_test[:VALIDATION])
+    adaptive = defences["Adaptive PixelDefend"]
+    threshold = adaptive.calibrate(classifier, attacks_of(validation), calibration.y[:VALIDATION])
     defended = {name: {attack: defence(x)[0] for attack, x in images.items()} for name, defence in defences.items()}
     defended = {"none": images} | defended
     predicted = {name: {a: predict(classifier, x) for a, x in versions.items()} for name, versions in defended.items()}
@@ -53,14 +54,15 @@ def run(out: Path, *, seed: int = 0, verbose: bool = True) -> str:
     _say(verbose, f"purified ({time.perf_counter() - began:.0f} s)")
 
     detector = PixelDefendDetector(pixel_cnn)
-    detector.fit(as_images(data.x_train))
+    detector.fit(as_images(calibration.x))
     p_values = {a: detector.detect(x)[0]["p_values"] for a, x in images.items()}
     p_purified = {a: detector.detect(x)[0]["p_values"] for a, x in defended["PixelDefend"].items()}
     auroc = {a: figures.auroc(p_values["clean"], p) for a, p in attacks_of(p_values).items()}
 
     draw(out, images, defended["PixelDefend"], predicted, p_values, p_purified)
     results = {
-        "version": __version__, "seed": seed, "images": len(y), "seconds": round(time.perf_counter() - began, 1),
+        "version": __version__, "seed": seed, "images": len(y), "calibration_images": len(calibration.y),
+        "seconds": round(time.perf_counter() - began, 1),
         "eps_attack": EPS_ATTACK, "eps_defend": EPS_DEFEND, "adaptive_threshold_bits_per_dim": threshold,
         "density_model": pixel_cnn.provenance, "accuracy": accuracies, "detection_auroc": auroc,
     }  # fmt: skip
@@ -163,7 +165,8 @@ Purified against undefended, in points: {margins}.
 {results["images"]} test images of scikit-learn's digits, a convolutional classifier, seed {results["seed"]}.
 The attacks see the bare classifier; eps {results["eps_attack"]} of 255 levels, eps_defend {results["eps_defend"]}.
 The adaptive threshold, {results["adaptive_threshold_bits_per_dim"]:.3f} bits/dim, was chosen on {VALIDATION} other
-test images. The density model has {model.get("test_bits_per_dim", float("nan")):.3f} bits/dim on the test set.
+test images; the detector was calibrated on {results["calibration_images"]}.
+The density model has {model.get("test_bits_per_dim", float("nan")):.3f} bits/dim on the test set.
 Detection is the area under the ROC curve of telling attacked from clean test images by their p-values.
 All of it took {results["seconds"]:.0f} s with art-pixeldefend {results["version"]}.
 

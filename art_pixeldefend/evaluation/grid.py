@@ -92,7 +92,8 @@ class Grid:
         sizes: of the networks, by name, if not the paper's.
         delta: of adversarial training, in levels; a row may have its own.
         images: the first so many test images.
-        validation: the last so many training images choose the threshold, and train no classifier.
+        validation: how many test images, of those that the data set reserves, choose a threshold; as many training
+            images, the last, train no classifier.
         chunk: images a unit of work: the least that is lost when interrupted, and what processes share out.
         seed: of everything random.
 

@@ -38,24 +38,47 @@ class Stages:
         data: the grid's data set.
         store: where results are kept.
         verbose: show a progress bar while a classifier is trained.
+
+    Raises:
+        ValueError: if the grid has more validation images than the data set reserves, or reports on those that choose
+            a threshold.
     """
 
     def __init__(self, grid: Grid, data: Dataset, store: Store, *, verbose: bool = False) -> None:
         self.grid, self.data, self.store, self.verbose = grid, data, store, verbose
-        rest = len(data.x_train) - grid.validation
+        official, reserve = data.train_and_calibration(), data.reserve()
+        rest = len(official.x) - grid.validation
         self.splits = {
-            "train": (data.x_train[:rest], data.y_train[:rest]),
-            "validation": (data.x_train[rest:], data.y_train[rest:]),
+            "train": (official.x[:rest], official.y[:rest]),
+            "reserve": (reserve.x[: grid.validation], reserve.y[: grid.validation]),
             "test": (data.x_test, data.y_test),
         }
+        self._check_reserve()
         self.failures: dict[str, str] = {}  # what could not be made, by the digest of its settings
         self._models = lru_cache(maxsize=2)(self._model)
         self.classifier = lru_cache(maxsize=4)(self._classifier)
 
+    def _check_reserve(self) -> None:
+        """A threshold is chosen on test images that no model has seen, and that the table does not report."""
+        grid, reserved = self.grid, self.data.reserved
+        calibrated = [row for row in grid.rows if self._calibrated_steps(row)]
+        if calibrated and grid.validation > reserved:
+            raise ValueError(
+                f"validation must be at most {reserved}, the test images that {grid.dataset} reserves, "
+                f"got {grid.validation}"
+            )
+        most = len(self.data.x_test) - reserved
+        for row in calibrated:
+            if self.count(row) > most:
+                raise ValueError(
+                    f"images of {row.name} must be at most {most}, as the last {reserved} test images choose its "
+                    f"threshold, got {self.count(row)}"
+                )
+
     @cached_property
     def data_key(self) -> str:
         """Tells data sets apart, by what is in them: a changed file of the same name makes new results."""
-        arrays = (self.data.x_train, self.data.y_train, self.data.x_test, self.data.y_test)
+        arrays = (*self.data.train_and_calibration(), self.data.x_test, self.data.y_test)
         return digest({"arrays": [[str(a.dtype), a.shape, hashlib.sha256(a.tobytes()).hexdigest()] for a in arrays]})
 
     @cached_property
@@ -152,7 +175,7 @@ class Stages:
         return self.build(self.steps(row))
 
     def threshold(self, row: Row, path: str) -> float:
-        """Of bits per dimension, chosen on validation images under the grid's attacks of the row's radii; kept.
+        """Bits per dimension, chosen on reserved test images under the grid's attacks with the row's radii; kept.
 
         A threshold is the model's and the classifier's, so rows of another threat share it. Where choosing it fails, it
         is not tried twice.
@@ -165,9 +188,9 @@ class Stages:
         return kept["threshold"]
 
     def _calibrate(self, row: Row, path: str) -> float:
-        bare, count = row.classifier, len(self.splits["validation"][1])
+        bare, (x, y) = row.classifier, self.splits["reserve"]
         attacked = {
-            f"{attack} {eps}": self.attacked(Cell(bare, attack, eps), 0, count, "validation")
+            f"{attack} {eps}": self.attacked(Cell(bare, attack, eps), 0, len(x), "reserve")
             for attack in self.grid.attacks
             for eps in self.grid.eps_of(row)
         }
@@ -175,11 +198,12 @@ class Stages:
         defence = self.build([(path, arguments | {"threshold": 0.0})])
         if not isinstance(defence, AdaptivePixelDefend):
             raise ValueError(f"defence {path!r} has no threshold to calibrate")
-        return defence.calibrate(self.classifier(bare, False), attacked, self.splits["validation"][1])
+        return defence.calibrate(self.classifier(bare, False), attacked, y)
 
     def _threshold_key(self, row: Row, path: str) -> dict[str, Any]:
         return {
             "classifier": self.training(row), "pixel_cnn": self.pixel_cnn_key, "defence": path,
+            "images": ["reserve", len(self.splits["reserve"][1])],
             "arguments": dict(dict(self.grid.defences[row.defence])[path]), "eps": list(self.grid.eps_of(row)),
             "attacks": [attack_key(attack) for attack in self.grid.attacks],
         }  # fmt: skip
@@ -194,8 +218,12 @@ class Stages:
         return list({digest({"thresholds": self._threshold_keys(row)}): row for row in missing}.values())
 
     def _threshold_keys(self, row: Row) -> list[dict[str, Any]]:
+        return [self._threshold_key(row, path) for path in self._calibrated_steps(row)]
+
+    def _calibrated_steps(self, row: Row) -> list[str]:
+        """The import paths of the row's defences whose threshold is to be calibrated."""
         steps = () if row.defence == "none" else self.grid.defences[row.defence]
-        return [self._threshold_key(row, path) for path, arguments in steps if _calibrated(arguments)]
+        return [path for path, arguments in steps if _calibrated(arguments)]
 
     def build(self, steps: Sequence[Step]) -> Preprocessor | None:
         """The preprocessor that steps describe, with clip values and density model where it takes them."""
@@ -234,7 +262,6 @@ class Stages:
         """The settings that attacked images follow from: no more, so that rows and radii share what they can."""
         entry = ATTACKS[cell.attack] if cell.attack != CLEAN else None
         key: dict[str, Any] = {"dataset": self.data_key, "split": split, "start": start, "count": count}
-        key |= {"validation": self.grid.validation} if split == "validation" else {}
         if entry is None:
             return key
         key |= {"attack": attack_key(cell.attack), "seed": self.grid.seed}

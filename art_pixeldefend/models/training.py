@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from art_pixeldefend import __version__
+from art_pixeldefend.datasets import FINGERPRINT, fingerprint
 from art_pixeldefend.devices import bf16_pays
 from art_pixeldefend.files import write_atomically
 from art_pixeldefend.models import checkpoint
@@ -365,6 +366,7 @@ class _Run:
             "processes": self.world,
             "mixed_precision": self.mixed_precision,
             "training_images": len(self.images),
+            FINGERPRINT: fingerprint(self.images.cpu().numpy()),
             "held_out_images": len(self.held_out),
         }
         if self.start is not None:

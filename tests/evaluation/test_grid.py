@@ -378,6 +378,31 @@ def test_adaptive_thresholds_are_calibrated_once(tmp_path):
     assert used == {threshold} and threshold >= 0
 
 
+def test_thresholds_are_chosen_on_test_images_that_no_model_has_seen_and_no_table_reports(tmp_path, monkeypatch):
+    grid = replace(TINY, rows=(ADAPTIVE,), eps=(40,), attacks=("rand",), images=4, validation=6)
+    data = datasets.load("digits")
+    stages, seen = Stages(grid, data, Store(tmp_path)), []
+    monkeypatch.setattr(stages, "classifier", lambda *_: None)
+    monkeypatch.setattr(stages, "attacked", lambda _, *which: stages.clean(*which))
+    monkeypatch.setattr(
+        "art_pixeldefend.purifiers.AdaptivePixelDefend.calibrate", lambda self, c, x, y: seen.append((x, y)) or 0.0
+    )
+    stages.threshold(ADAPTIVE, "art_pixeldefend.purifiers.AdaptivePixelDefend")
+    ((attacked, y),) = seen
+    reserve = data.reserve()
+    assert np.allclose(attacked["rand 40"] * 255, reserve.x[:6]) and np.array_equal(y, reserve.y[:6])
+    x_train = stages.splits["train"][0]
+    assert np.array_equal(x_train, data.train_and_calibration().x[:-6])  # as the published classifiers
+
+
+@pytest.mark.parametrize(("change", "message"), [({"images": 201}, "images"), ({"validation": 201}, "validation")])
+def test_a_table_that_reports_the_images_of_its_threshold_is_refused(change, message, tmp_path):
+    data, calibrated = datasets.load("digits"), replace(TINY, rows=(ADAPTIVE,), **change)
+    with pytest.raises(ValueError, match=f"{message}.* at most 200"):
+        Stages(calibrated, data, Store(tmp_path))
+    Stages(replace(TINY, **change), data, Store(tmp_path))  # no threshold, no such limit
+
+
 def test_cells_name_themselves():
     assert Cell(Row(), "bim", 8).name == "resnet/normal/none/bare bim 8"
     assert Cell(Row(), CLEAN, 0).name == "resnet/normal/none/bare clean"
