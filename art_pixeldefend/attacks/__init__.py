@@ -1,15 +1,16 @@
-"""What the paper's grid needs and ART lacks, as ART evasion attacks; and all its attacks by name."""
+"""ART evasion attacks that ART lacks, and the registry of all attacks of the evaluation."""
 
 from art_pixeldefend.attacks.carlini_wagner import CarliniWagnerLInf
 from art_pixeldefend.attacks.clipped import Clipped
 from art_pixeldefend.attacks.deep_fool import DeepFoolLInf
 from art_pixeldefend.attacks.random_noise import RandomNoise
-from art_pixeldefend.attacks.registry import ATTACKS, PAPER, make_attack, unclipped
+from art_pixeldefend.attacks.registry import ATTACKS, PAPER, Attack, make_attack, unclipped
 from art_pixeldefend.attacks.training import HalfNormalBIM, HalfNormalFGSM
 
 __all__ = [
     "ATTACKS",
     "PAPER",
+    "Attack",
     "CarliniWagnerLInf",
     "Clipped",
     "DeepFoolLInf",

@@ -1,4 +1,4 @@
-"""The paper's attacks by name, with its settings."""
+"""The attacks of the evaluation by name, with everything that a grid needs to know about each."""
 
 from __future__ import annotations
 
@@ -18,24 +18,32 @@ from art_pixeldefend.validation import check_eps
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One attack of the registry.
+class Attack:
+    """An entry of ``ATTACKS``.
 
     Args:
-        build: the ART attack of (classifier, eps in levels, batch_size, seed, further settings).
+        build: returns the ART attack for (classifier, eps in levels, batch_size, seed, further settings).
+        title: its name in tables and figures.
+        cost: gradients it computes per image, or a function that returns them for eps in levels.
         sees_classifier: whether its images depend on the classifier.
-        uses_eps: whether they depend on eps; if not, they are clipped to the ball afterwards.
-        true_labels: whether the paper gives it the true labels; the others attack the model's own predictions.
-        note: what a table should say about it.
-        version: raised when its images change, so that those kept from before are not taken for them.
+        uses_eps: whether its images depend on eps. If not, the same images are clipped to each ball afterwards.
+        true_labels: whether it is given the true labels; otherwise it attacks the classifier's own predictions.
+        note: a remark for the tables that show it.
+        version: to be raised when its images change; stored images of earlier versions are then made again.
     """
 
     build: Callable[..., EvasionAttack]
+    title: str
+    cost: int | Callable[[int], int]
     sees_classifier: bool = True
     uses_eps: bool = True
     true_labels: bool = False
     note: str = ""
     version: int = 1
+
+    def gradients(self, eps: int) -> int:
+        """Gradients that it computes per image within ``eps`` levels; an estimate where the number varies."""
+        return self.cost(eps) if callable(self.cost) else self.cost
 
 
 def _rand(classifier: Any, eps: int, batch_size: int, seed: int, **settings: Any) -> EvasionAttack:
@@ -70,32 +78,40 @@ def _cw_art(classifier: Any, eps: int, batch_size: int, seed: int, **settings: A
     return CarliniLInfMethod(classifier, batch_size=batch_size, **{"verbose": False} | settings)
 
 
-ATTACKS: dict[str, Entry] = {
-    "rand": Entry(_rand, sees_classifier=False),
-    "fgsm": Entry(_fgsm),
-    "bim": Entry(_bim, true_labels=True),
-    "deepfool": Entry(
-        _deepfool, uses_eps=False, note="L-infinity, as in the paper's code; ART's own is deepfool-l2", version=2
+# The costs of DeepFool and CW are means over Fashion-MNIST images and an undefended ResNet-62.
+ATTACKS: dict[str, Attack] = {
+    "rand": Attack(_rand, "RAND", cost=0, sees_classifier=False),
+    "fgsm": Attack(_fgsm, "FGSM", cost=1),
+    "bim": Attack(_bim, "BIM", cost=bim_steps, true_labels=True),
+    "deepfool": Attack(
+        _deepfool, "DeepFool", cost=60, uses_eps=False, version=3,
+        note="L-infinity, as in the paper's code; ART's own is deepfool-l2",
     ),
-    "deepfool-l2": Entry(_deepfool_l2, uses_eps=False, note="ART's DeepFool"),
-    "cw": Entry(_cw, uses_eps=False, true_labels=True, note="L-infinity, as in the paper's code; ART's own is cw-art"),
-    "cw-art": Entry(_cw_art, uses_eps=False, true_labels=True, note="ART's CarliniLInfMethod with its own defaults"),
-}
-PAPER = ("rand", "fgsm", "bim", "deepfool", "cw")
+    "deepfool-l2": Attack(_deepfool_l2, "DeepFool (L2)", cost=100, uses_eps=False, note="ART's DeepFool"),
+    "cw": Attack(
+        _cw, "CW", cost=300, uses_eps=False, true_labels=True,
+        note="L-infinity, as in the paper's code; ART's own is cw-art",
+    ),
+    "cw-art": Attack(
+        _cw_art, "CW (ART)", cost=3000, uses_eps=False, true_labels=True,
+        note="ART's CarliniLInfMethod with its own defaults",
+    ),
+}  # fmt: skip
+PAPER = ("rand", "fgsm", "bim", "deepfool", "cw")  # those of PixelDefend's tables
 
 
 def unclipped(
     name: str, classifier: Any, eps: int, *, batch_size: int = 128, seed: int = 0, **settings: Any
 ) -> EvasionAttack:
-    """The attack of this name before its images are rounded to 8 bits and clipped to the ball.
+    """Return the attack of this name before its images are rounded to 8 bits and clipped to the ball.
 
     Args:
-        name: one of ``ATTACKS``.
+        name: a key of ``ATTACKS``.
         classifier: an ART classifier with gradients and clip values, whose outputs are logits.
         eps: radius in levels, 0..255.
         batch_size: images at a time.
-        seed: of what is random in it.
-        settings: passed on to the attack's class, instead of the paper's.
+        seed: of the attack's own random numbers.
+        settings: arguments of the attack's class that replace the paper's.
 
     Raises:
         ValueError: for an unknown name, or an eps that is not as described.
@@ -108,10 +124,19 @@ def unclipped(
 def make_attack(
     name: str, classifier: Any, eps: int, *, batch_size: int = 128, seed: int = 0, **settings: Any
 ) -> Clipped:
-    """The paper's attack of this name: its images are 8-bit ones within ``eps`` levels of the input.
+    """Return the attack of this name; its images are 8-bit images within ``eps`` levels of the input.
 
     Arguments and errors are those of :func:`unclipped`.
 
-        x_attacked = make_attack("bim", classifier, eps=8).generate(x)
+    Example:
+        >>> import numpy as np
+        >>> from torch import nn
+        >>> from art.estimators.classification import PyTorchClassifier
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(16, 10))
+        >>> classifier = PyTorchClassifier(model, nn.CrossEntropyLoss(), (1, 4, 4), 10, clip_values=(0, 1))
+        >>> x = np.full((2, 1, 4, 4), 0.5, np.float32)
+        >>> attacked = make_attack("bim", classifier, eps=8).generate(x)
+        >>> float(np.abs(attacked - x).max() * 255).__round__()
+        8
     """
     return Clipped(unclipped(name, classifier, eps, batch_size=batch_size, seed=seed, **settings), eps=eps)

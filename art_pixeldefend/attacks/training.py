@@ -1,4 +1,4 @@
-"""What adversarial training needs and ART's attacks are not (PixelDefend, Appendix B)."""
+"""FGSM and BIM with a random radius per image, for adversarial training (PixelDefend, Appendix B)."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from art_pixeldefend.validation import check_number
 
 
 class HalfNormalAttack(EvasionAttack):
-    """Attacks every image with a radius of its own, |N(0, delta)| truncated to [0, 2 delta].
+    """Attack every image within a random radius of its own, |N(0, delta)| truncated to [0, 2 delta].
 
-    Labels are the model's own predictions, whatever it is given: ART's trainer hands over the true ones, and a model
-    that is trained on attacks made with these learns to read the label off the perturbation (Kurakin et al. 2017,
-    arXiv:1611.01236).
+    The attack uses the model's own predictions as labels, also when it is given others: ART's trainer passes the true
+    labels, and a model trained on attacks made with those learns to infer the label from the perturbation (Kurakin et
+    al. 2017, arXiv:1611.01236).
 
     Args:
         estimator: an ART classifier with loss gradients and clip values.
-        delta: deviation of the radius, in levels.
+        delta: standard deviation of the radius before truncation, in levels.
         seed: of the radii.
 
     Raises:
@@ -43,14 +43,14 @@ class HalfNormalAttack(EvasionAttack):
         self._rng = np.random.default_rng(seed)
 
     def generate(self, x: np.ndarray, y: np.ndarray | None = None, **kwargs: Any) -> np.ndarray:
-        """Attacked images of ``x`` (N, ...); ``y`` is left unread."""
+        """Attack images ``x`` (N, ...); ``y`` is ignored."""
         with frozen(self.estimator):
             predicted = self.estimator.predict(x, batch_size=len(x)).argmax(axis=1)
             labels = np.eye(self.estimator.nb_classes, dtype=np.float32)[predicted]
             return self._attack(x, labels, self._radii(len(x)))
 
     def _radii(self, count: int) -> np.ndarray:
-        """Levels (count,), those beyond the truncation drawn again."""
+        """Draw radii (count,) in levels; radii beyond the truncation are drawn again."""
         radii = np.abs(self._rng.normal(0, self.delta, count))
         while (beyond := radii > 2 * self.delta).any():
             radii[beyond] = np.abs(self._rng.normal(0, self.delta, beyond.sum()))
@@ -58,10 +58,10 @@ class HalfNormalAttack(EvasionAttack):
 
     @abstractmethod
     def _attack(self, x: np.ndarray, labels: np.ndarray, radii: np.ndarray) -> np.ndarray:
-        """Images attacked against one-hot ``labels`` within ``radii``."""
+        """Attack images against one-hot ``labels`` within ``radii``, in levels (N,)."""
 
     def _climb(self, x: np.ndarray, labels: np.ndarray, step: np.ndarray | float) -> np.ndarray:
-        """A step of this many levels along the sign of the gradient, within the clip values."""
+        """Move ``step`` levels along the sign of the gradient, within the clip values."""
         sign = np.sign(self.estimator.loss_gradient(x, labels))
         step = np.reshape(step, (-1, *[1] * (x.ndim - 1)))
         return np.clip(x + step * level(self.estimator) * sign, *self.estimator.clip_values).astype(x.dtype)
@@ -75,7 +75,7 @@ class HalfNormalAttack(EvasionAttack):
 
 @contextmanager
 def frozen(estimator: Any) -> Iterator[None]:
-    """Gradients in the images only, inside: a PyTorch estimator's parameters would cost a third of the time."""
+    """Freeze a PyTorch estimator's parameters: their gradients would take a third of an attack's time."""
     model = getattr(estimator, "model", None)
     trained = [p for p in model.parameters() if p.requires_grad] if isinstance(model, torch.nn.Module) else []
     for parameter in trained:
@@ -88,14 +88,27 @@ def frozen(estimator: Any) -> Iterator[None]:
 
 
 class HalfNormalFGSM(HalfNormalAttack):
-    """One step of the whole radius along the sign of the gradient."""
+    """FGSM with a random radius per image: one step of the whole radius along the sign of the gradient.
+
+    Arguments and errors are those of :class:`HalfNormalAttack`.
+
+    Example:
+        >>> from torch import nn
+        >>> from art.defences.trainer import AdversarialTrainer
+        >>> from art.estimators.classification import PyTorchClassifier
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(16, 10))
+        >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        >>> classifier = PyTorchClassifier(model, nn.CrossEntropyLoss(), (1, 4, 4), 10, optimizer, clip_values=(0, 1))
+        >>> trainer = AdversarialTrainer(classifier, HalfNormalFGSM(classifier, delta=8), ratio=0.5)
+        >>> trainer.fit(np.full((8, 1, 4, 4), 0.5, np.float32), np.eye(10)[:8], batch_size=4, nb_epochs=1)
+    """
 
     def _attack(self, x: np.ndarray, labels: np.ndarray, radii: np.ndarray) -> np.ndarray:
         return self._climb(x, labels, radii)
 
 
 class HalfNormalBIM(HalfNormalAttack):
-    """Steps of one level, as many as the radius asks for, clipped to it."""
+    """BIM with a random radius per image: steps of one level, clipped to the radius."""
 
     def _attack(self, x: np.ndarray, labels: np.ndarray, radii: np.ndarray) -> np.ndarray:
         attacked, steps = x.copy(), np.array([bim_steps(radius) for radius in radii])

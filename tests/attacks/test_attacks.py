@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from art.attacks.evasion import CarliniLInfMethod, ProjectedGradientDescent
+from art.defences.preprocessor import SpatialSmoothing
 from art.defences.preprocessor.preprocessor import PreprocessorPyTorch
 from art.estimators.classification import PyTorchClassifier
 from torch import nn
@@ -19,7 +20,7 @@ from art_pixeldefend.attacks import (
     unclipped,
 )
 from art_pixeldefend.attacks.budget import bim_steps, clip_to_ball, from_levels, to_levels
-from art_pixeldefend.attacks.margin import Margin
+from art_pixeldefend.attacks.logits import differentiable_logits
 from art_pixeldefend.attacks.training import frozen
 
 
@@ -116,6 +117,31 @@ def test_bim_takes_the_papers_number_of_steps(eps, steps):
     assert bim_steps(eps) == steps
 
 
+def two_classes():
+    """A linear classifier whose boundary is where the mean of the image is 1/2."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 2))
+    with torch.no_grad():
+        net[1].weight[:] = torch.tensor([[1.0], [-1.0]])
+        net[1].bias[:] = torch.tensor([-18.0, 18.0])
+    return PyTorchClassifier(net, nn.CrossEntropyLoss(), (1, 6, 6), 2, clip_values=(0, 1), device_type="cpu")
+
+
+def at_distance(linear, levels):
+    """An image (1, 1, 6, 6) this many levels from the boundary of :func:`two_classes`, and not across it."""
+    image = np.full((1, 1, 6, 6), 0.5 + levels / 255, np.float32)
+    assert predictions(linear, image) == 0
+    return image
+
+
+@pytest.mark.parametrize("levels", [0.0, 2e-4, 5e-4, 9e-4, 0.5, 1.0])
+def test_deepfool_moves_images_that_are_almost_on_the_boundary(levels):
+    linear = two_classes()
+    x = at_distance(linear, levels)
+    attacked = DeepFoolLInf(linear).generate(x)
+    assert predictions(linear, attacked) == 1
+    assert np.abs(attacked - x).max() * 255 == pytest.approx(2 if levels == 1 else 1, abs=1e-2)
+
+
 def test_deepfool_of_a_linear_classifier_stops_right_behind_the_boundary():
     estimator, x = classifier(), images(count=20) * 0.2 + 0.4
     linear = PyTorchClassifier(
@@ -165,10 +191,13 @@ def test_carlini_wagner_finds_smaller_changes_than_fgsm_needs():
     assert (distance[fooled] <= needed[fooled] + 1 / 255).mean() > 0.9
 
 
-def test_carlini_wagner_returns_images_that_withstand_as_they_were():
-    estimator, x = classifier(), images(count=4)
-    attacked = CarliniWagnerLInf(estimator, max_iter=1, learning_rate=1e-6).generate(x)
-    assert np.allclose(attacked, x, atol=1e-6)
+def test_carlini_wagner_returns_only_images_that_it_cannot_fool_as_they_were():
+    linear = two_classes()
+    near, far = (at_distance(linear, levels) for levels in (1.5, 100.0))
+    attacked = CarliniWagnerLInf(linear, max_iter=5).generate(np.concatenate([near, far]))
+    assert predictions(linear, attacked[:1]) != predictions(linear, near)
+    assert 1 <= np.abs(attacked[:1] - near).max() * 255 <= 4
+    assert np.array_equal(attacked[1:], far)
 
 
 def test_carlini_wagner_does_not_depend_on_the_batch_size():
@@ -186,12 +215,6 @@ def test_carlini_wagner_gets_away_from_the_labels_it_is_given():
 
 
 def test_carlini_wagner_follows_defences_that_the_classifier_gets_later():
-    class Inverted(PreprocessorPyTorch):
-        """Somebody's preprocessor."""
-
-        def forward(self, x, y=None):
-            return 1 - x, y
-
     defence = Inverted(device_type="cpu", is_fitted=True, apply_fit=False, apply_predict=True)
     x, changed = images(count=4) * 0.6 + 0.2, classifier()
     attack = CarliniWagnerLInf(changed, max_iter=30)
@@ -212,15 +235,29 @@ def test_arts_carlini_wagner_with_the_reference_constants_moves_no_pixel_by_a_le
     assert (predictions(estimator, ours) != predictions(estimator, x)).all()
 
 
-def test_margins_and_gradients_are_those_of_class_gradient():
-    class Other(PyTorchClassifier):
-        """Not the class that Margin knows a short way for."""
+class Inverted(PreprocessorPyTorch):
+    """A preprocessor with a true gradient."""
 
-    x = images(count=5)
-    y = np.eye(4, dtype=np.float32)[[0, 1, 2, 3, 0]]
-    short, long = (Margin(classifier(kind=kind))(x, y) for kind in (PyTorchClassifier, Other))
-    assert np.allclose(short[0], long[0], atol=1e-5)
-    assert np.allclose(short[1], long[1], atol=1e-5)
+    def forward(self, x, y=None):
+        return 1 - x, y
+
+
+@pytest.mark.parametrize(
+    "defence",
+    [
+        None,
+        Inverted(device_type="cpu", is_fitted=True, apply_fit=False, apply_predict=True),
+        Inverted(device_type="cpu", is_fitted=True, apply_fit=True, apply_predict=False),
+        SpatialSmoothing(window_size=2, channels_first=True),
+    ],
+)
+def test_logits_and_their_gradients_are_those_of_art_through_any_kind_of_defence(defence):
+    estimator, x = classifier(preprocessing_defences=defence), images(count=5)
+    tensor = torch.from_numpy(x).requires_grad_()
+    logits = differentiable_logits(estimator, tensor)
+    (gradient,) = torch.autograd.grad(logits[:, 2].sum(), tensor)
+    assert np.allclose(logits.detach(), estimator.predict(x), atol=1e-6)
+    assert np.allclose(gradient, estimator.class_gradient(x, label=2)[:, 0], atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [HalfNormalFGSM, HalfNormalBIM])
