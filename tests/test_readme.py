@@ -1,5 +1,6 @@
 """What the README shows works as written."""
 
+import csv
 import re
 import shlex
 from pathlib import Path
@@ -8,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 import typer
-from torch import nn
 
 from art_pixeldefend import cli
+from art_pixeldefend.models import zoo
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -19,20 +20,69 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
 
 
-def test_python_examples_run_as_written(make_levels):
+def test_python_examples_run_as_written_and_purification_restores_accuracy(capsys):
+    names = {}
     torch.manual_seed(0)
-    x_uint8 = make_levels(3, (1, 28, 28))
-    x = (x_uint8 / 255).astype(np.float32)
-    names = {
-        "model": nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), "loss": nn.CrossEntropyLoss(), "x": x,
-        "x_uint8": x_uint8, "x_train": x, "x_validation_attacked": x, "y_validation": np.arange(3),
-    }  # fmt: skip
+    np.random.seed(0)  # ART shuffles with NumPy's generator
     for code in blocks("python"):
         exec(code, names)
-    assert names["predictions"].shape == (3, 10)
-    assert 0 < np.abs(names["attacked"] - x).max() <= 8 / 255 + 1e-6
-    assert names["report"]["p_values"].shape == (3,)
-    assert names["levels"].dtype == np.uint8 and names["levels"].shape == x.shape
+    lines = capsys.readouterr().out.splitlines()
+    without, purified = (float(line.split()[-1]) for line in lines if line.startswith(("without defence", "purified")))
+    assert without < 0.2 and purified > 0.5
+    x, white_box = names["x_test"], names["white_box"]
+    assert 0 < np.abs(white_box - x[: len(white_box)]).max() <= 40 / 255 + 1e-6
+    assert names["logits"].shape == (len(white_box), 10)
+    assert names["adaptive"].threshold > 0
+    assert names["is_adversarial"].mean() > 0.9 and names["report"]["p_values"].shape == (len(x),)
+    assert names["levels"].dtype == np.uint8 and names["levels"].shape == (20, 1, 8, 8)
+
+
+def test_every_python_and_shell_block_is_tested():
+    assert set(re.findall(r"^```(.+)$", README.read_text(), re.MULTILINE)) == {"sh", "python"}
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"])
+def test_links_lead_to_files_and_headings(page):
+    path = README.parent / page
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", path.read_text()):
+        target, _, heading = link.partition("#")
+        linked = path.parent / target if target else path
+        assert linked.exists(), link
+        if heading:
+            assert heading in [slug(line) for line in linked.read_text().splitlines() if line.startswith("#")], link
+
+
+def slug(heading):
+    """A heading's name in a link, as GitHub makes it."""
+    return re.sub(r"[^\w -]", "", heading.lstrip("# ")).lower().replace(" ", "-")
+
+
+def test_models_are_those_bundled_with_the_figures_of_their_cards():
+    rows = re.findall(r"^\| \[`([^`]+)`\]\(([^)]+)\) .* ([\d.]{6})\b", README.read_text(), re.MULTILINE)
+    assert sorted(name for name, _, _ in rows) == sorted(zoo.names())
+    for _, card, bits in rows:
+        assert f"**{bits} bits/dim**" in (README.parent / card).read_text()
+
+
+def test_results_are_those_of_the_published_table():
+    with (README.parent / "benchmarks" / "results" / "fashion-mnist.csv").open() as file:
+        cells = [row for row in csv.DictReader(file) if (row["network"], row["training"]) == ("resnet", "normal")]
+    pattern = r"^\| (none|PixelDefend).*? \| [\w ()]+ \| ([\d,]+) \| (.*) \|$"
+    rows = re.findall(pattern, README.read_text(), re.MULTILINE)
+    assert len(rows) == 3
+    for defence, images, numbers in rows:
+        published = {
+            (cell["column"], cell["eps"]): f"{float(cell['ours']):.1f}"
+            for cell in cells
+            if cell["defence"] == defence.lower() and cell["count"] == images.replace(",", "") and cell["ours"]
+        }
+        for column, shown in zip(("clean", "fgsm", "bim", "cw"), numbers.split(" | "), strict=True):
+            for eps, number in zip(("8", "25"), re.findall(r"[\d.]+", shown), strict=False):
+                assert published[column, eps] == number
 
 
 def test_the_two_commands_come_first_one_a_line():
