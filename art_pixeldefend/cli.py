@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -160,21 +161,28 @@ def detect(
     images: ImagesOrData,
     model: Model,
     out: Annotated[Path, typer.Option(help="the CSV file: image, p_value, bits_per_dim, adversarial", dir_okay=False)],
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="clean images that the model was not trained on: a data set, a folder, .npy or .npz"),
+    ] = None,
     training: Annotated[
-        str | None, typer.Option(help="the model's training images: a data set, a folder or an .npz, as for train")
+        str | None,
+        typer.Option(help="the model's training images, as in the paper: flags more clean images than --alpha"),
     ] = None,
     likelihoods: Annotated[
         Path | None,
-        typer.Option(
-            help="keep the training images' likelihoods in this file, and use it if it is there", dir_okay=False
-        ),
+        typer.Option(help="keep the likelihoods of these images in this file, and use it if it exists", dir_okay=False),
     ] = None,
     alpha: Annotated[float, typer.Option(help="call an image adversarial up to this p-value")] = 0.05,
     data_dir: DataDir = None,
     batch_size: BatchSize = 128,
     verbose: Verbose = True,
 ) -> None:
-    """Test whether images are adversarial: permutation p-values and bits per dimension, as CSV."""
+    """Test whether images are adversarial: p-values and bits per dimension, as CSV.
+
+    Images are compared with clean ones like them. Of a data set, and of the images that the model was trained on,
+    --calibration takes those that it has not seen; of a folder or file of other images, all.
+    """
     from art_pixeldefend import PixelDefendDetector, datasets
     from art_pixeldefend.files import check_file
     from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
@@ -184,22 +192,36 @@ def detect(
     if likelihoods and not likelihoods.exists():
         check_file(likelihoods)
     pixel_cnn = as_model(model, PixelCNNpp, name="--model")
+    if calibration and training:
+        raise ValueError("--calibration and --training must not both be given")
     found = _images_or_test_images(images, pixel_cnn, data_dir)
     detector = PixelDefendDetector(pixel_cnn, (0, 255), alpha=alpha, batch_size=batch_size, verbose=verbose)
     if likelihoods and likelihoods.exists():
-        if training:
-            typer.echo(f"--training {training} is not read: {likelihoods} is there and holds the likelihoods", err=True)
         detector.load(likelihoods)
+        for reference, source in (("calibration", calibration), ("training", training)):
+            if source and reference != detector.reference:
+                raise ValueError(f"--likelihoods {likelihoods} holds those of {detector.reference} images")
+            if source:
+                typer.echo(f"--{reference} {source} is not read: {likelihoods} holds the likelihoods", err=True)
+    elif calibration:
+        detector.fit(_calibration_images(calibration, pixel_cnn, data_dir))
     elif training:
-        detector.fit(datasets.load(training, data_dir).train_and_calibration().x)
-        if likelihoods:
-            detector.save(likelihoods)
+        detector.fit(datasets.load(training, data_dir).train_and_calibration().x, reference="training")
     else:
-        raise ValueError("--training must name the model's training images, or --likelihoods a file made from them")
+        raise ValueError("--calibration must name images that the model was not trained on")
+    if likelihoods and not likelihoods.exists():
+        detector.save(likelihoods)
+    if images in datasets.NAMED and detector.reference == "calibration":  # the other test images may calibrate
+        found = replace(found, levels=datasets.load(images, data_dir).test(pixel_cnn).x)
     report, adversarial = detector.detect(found.levels)
-    columns = {"image": found.names, "p_value": report["p_values"], "bits_per_dim": report["bits_per_dim"]}
+    names = found.names[: len(found.levels)]
+    columns = {"image": names, "p_value": report["p_values"], "bits_per_dim": report["bits_per_dim"]}
     _write_csv(out, columns | {"adversarial": adversarial.astype(int)})
-    typer.echo(f"{adversarial.sum()} of {len(adversarial)} images are adversarial at level {alpha:g}; see {out}")
+    assert detector.log_likelihoods is not None
+    typer.echo(
+        f"{adversarial.sum()} of {len(adversarial)} images are adversarial at level {alpha:g}, compared with "
+        f"{len(detector.log_likelihoods)} {detector.reference} images; see {out}"
+    )
 
 
 @app.command()
@@ -319,6 +341,18 @@ def _images_or_test_images(source: str, pixel_cnn: PixelCNNpp, data_dir: Path | 
         return read_images(source, pixel_cnn.image_shape[:1])
     levels = datasets.load(source, data_dir).x_test
     return ImageSet(levels, [str(i) for i in range(len(levels))], "NCHW")
+
+
+def _calibration_images(source: str, pixel_cnn: PixelCNNpp, data_dir: Path | None) -> np.ndarray:
+    """Those of a data set, or of the images that the model was trained on; else all images of the folder or file."""
+    from art_pixeldefend import datasets
+    from art_pixeldefend.image_files import read_arrays, read_images
+
+    if source in datasets.NAMED or (source.endswith(".npz") and "x_train" in read_arrays(source)):
+        return datasets.load(source, data_dir).calibration(pixel_cnn).x
+    if Path(source).is_dir() and (data := datasets.load(source)).held_out_from(pixel_cnn):
+        return data.x_calibration
+    return read_images(source, pixel_cnn.image_shape[:1]).levels
 
 
 def _write_csv(path: Path, columns: dict) -> None:

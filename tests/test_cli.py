@@ -5,10 +5,11 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 import art_pixeldefend.detectors  # noqa: F401  (binds as_model before a test replaces it)
-from art_pixeldefend import cli, datasets
+from art_pixeldefend import PixelDefendDetector, cli, datasets
 from art_pixeldefend.models.zoo import names
 
 
@@ -185,6 +186,40 @@ def test_detect_says_that_kept_likelihoods_go_before_training_images(images, tmp
     assert said.count("\n") == 1 and "--training fashion-mnist" in said and str(kept) in said
 
 
+def test_detect_compares_with_images_that_the_model_has_not_seen(digits, digits_model, tmp_path):
+    arguments = ["detect", "digits", "--model", "digits", "--out", tmp_path / "p.csv", "--quiet"]
+    assert "200 calibration images" in run(*arguments, "--calibration", "digits").output
+    found = [float(row["p_value"]) for row in csv.DictReader((tmp_path / "p.csv").open())]
+    detector = PixelDefendDetector(digits_model, (0, 255))
+    detector.fit(digits.calibration(digits_model).x)
+    np.testing.assert_allclose(found, detector.detect(digits.test(digits_model).x)[0]["p_values"])
+    np.save(tmp_path / "clean.npy", digits.x_test[200:230])  # other images are used as they are
+    assert "30 calibration images" in run(*arguments, "--calibration", tmp_path / "clean.npy").output
+
+
+def test_detect_takes_the_held_out_images_of_the_folder_that_the_model_was_trained_on(digits, tmp_path):
+    folder, model = tmp_path / "photos", tmp_path / "run" / "model.safetensors"
+    folder.mkdir()
+    for i, image in enumerate(digits.x_train[:240]):
+        Image.fromarray(image[0]).save(folder / f"{i}.png")
+    size = ["--filters", 4, "--resnets", 1, "--steps", 1, "--batch-size", 4, "--device", "cpu"]
+    assert run("train", folder, "--out", model.parent, *size, "--quiet").exit_code == 0
+    arguments = ["detect", folder, "--out", tmp_path / "p.csv", "--calibration", folder, "--quiet"]
+    assert "compared with 21 calibration images" in run(*arguments, "--model", model).output
+    assert "compared with 240 calibration images" in run(*arguments, "--model", "digits").output
+
+
+def test_detect_refuses_images_too_few_to_flag_any_and_likelihoods_of_other_images(images, tmp_path):
+    arguments = ["detect", images, "--model", "digits", "--out", tmp_path / "p.csv", "--quiet"]
+    refused = run(*arguments, "--calibration", images)
+    assert isinstance(refused.exception, ValueError) and "at least 19 images" in str(refused.exception)
+    assert not (tmp_path / "p.csv").exists()
+    arguments += ["--likelihoods", tmp_path / "l.st"]
+    assert run(*arguments, "--training", "digits").exit_code == 0
+    refused = run(*arguments, "--calibration", "digits")
+    assert isinstance(refused.exception, ValueError) and "training images" in str(refused.exception)
+
+
 @pytest.mark.parametrize("name", ["sheet.png", "x.npz"])
 def test_sample_writes_a_sheet_or_an_array(name, tmp_path):
     result = run("sample", "--model", "digits", "--out", tmp_path / name, "--count", 3)
@@ -202,7 +237,7 @@ def test_sample_writes_a_sheet_or_an_array(name, tmp_path):
         (["train", "digits", "--out", "run", "--start-from", "imagenet"], "--start-from must be"),
         (["train", "digits", "--out", "run", "--device", "nonsense"], "device must be"),
         (["sample", "--model", "digits", "--out", "x.gif"], "--out"),
-        (["detect", "digits", "--model", "digits", "--out", "x.csv"], "--training"),
+        (["detect", "digits", "--model", "digits", "--out", "x.csv"], "--calibration"),
         (["grid", "imagenet", "--out", "table"], "digits"),
         (["grid", "digits", "--out", "table", "--model", "imagenet"], "--model must be"),
         (["train", "fashion-mnist", "--out", "run", "--data-dir", "nowhere", "--steps", "0"], "steps"),

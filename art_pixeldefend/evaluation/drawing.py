@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from art_pixeldefend.attacks.budget import to_levels
-from art_pixeldefend.detectors.pixel_defend import permutation_p_values
+from art_pixeldefend.detectors.conformal import conformal_p_values
 from art_pixeldefend.evaluation import figures
 from art_pixeldefend.evaluation.grid import CLEAN, Cell, Grid, Row
 from art_pixeldefend.evaluation.stages import Stages
@@ -25,10 +25,11 @@ from art_pixeldefend.processes import ProcessGroup
 
 DEFENCE = "pixeldefend"
 NOISE = TITLES["rand"]
+CONTROL = "clean (control)"
 KINDS = ("strips", "likelihoods", "p-values", "roc")  # of figures, one for each radius
 PAPER_THRESHOLDS = {"cifar-10": 4.5}  # bits per dimension, Appendix A
 PAPER_SHARE = 175 / 10_000
-REFERENCE = 1000  # the first so many training images are what p-values compare with
+REFERENCE = 1000  # p-values compare with at most this many images
 
 
 def draw(stages: Stages, folder: str | PathLike[str], *, shown: int = 10, samples: int = 50) -> list[Path]:
@@ -39,6 +40,10 @@ def draw(stages: Stages, folder: str | PathLike[str], *, shown: int = 10, sample
     curve, mean bits per dimension and the counts of Appendix A. Attacked and purified images that the grid has not
     computed yet are computed, and likelihoods that :func:`score` has not. Figure 5 takes long and is drawn by
     :func:`ascent.figure_5`.
+
+    P-values compare with calibration images. ROC curves tell attacked from clean test images; the control curve tells
+    the calibration images from them. If the grid's ``reference`` is "training", both compare with training images, as
+    in the paper, and the control curve is that of the clean test images.
 
     Args:
         stages: of the grid.
@@ -59,7 +64,8 @@ def draw(stages: Stages, folder: str | PathLike[str], *, shown: int = 10, sample
         "drawn from the density model": stages.pixel_cnn.sample(samples, seed=stages.grid.seed).cpu().numpy(),
     }
     figures.sample_sheets(folder / "samples", drawn)
-    write_atomically(folder / "detection.json", json.dumps({"reference": REFERENCE, "eps": numbers}, indent=1) + "\n")
+    compared = {"images": stages.grid.reference, "count": len(stages.reference_scores(REFERENCE))}
+    write_atomically(folder / "detection.json", json.dumps({"reference": compared, "eps": numbers}, indent=1) + "\n")
     names = ["samples", *(f"{kind}-{eps}" for kind in KINDS for eps in numbers)]
     return [folder / "detection.json", *(folder / f"{name}.{ending}" for name in names for ending in ("png", "pdf"))]
 
@@ -69,7 +75,7 @@ def score(stages: Stages, group: ProcessGroup) -> None:
     row = drawn_row(stages.grid)
     if row is None:
         return
-    work: list[Callable[[], np.ndarray]] = [partial(stages.training_scores, REFERENCE)]
+    work: list[Callable[[], np.ndarray]] = [partial(stages.reference_scores, REFERENCE)]
     for eps in stages.grid.eps_of(row):
         for cells in _cells(stages, row, eps).values():
             work += [
@@ -85,12 +91,28 @@ def drawn_row(grid: Grid) -> Row | None:
     return next((row for row in grid.rows if row.defence == DEFENCE and row.threat == "bare"), None)
 
 
+def check_reference(stages: Stages) -> None:
+    """Check that no figure would show images that it also compares with.
+
+    Raises:
+        ValueError: naming ``images``, if the row drawn has more than the density model's test images.
+    """
+    row = drawn_row(stages.grid)
+    if row is None or stages.grid.reference == "training" or stages.count(row) <= stages.most_reported:
+        return
+    if stages.count(row) > (most := len(stages.data.test(stages.pixel_cnn).x)):
+        raise ValueError(
+            f"images of {row.name} must be at most {most} where figures are drawn, whose p-values compare with the "
+            f"other test images, got {stages.count(row)}"
+        )
+
+
 def _of_radius(stages: Stages, row: Row, eps: int, folder: Path, shown: int) -> dict[str, Any]:
     """The figures of one radius, and their numbers."""
-    cells, reference = _cells(stages, row, eps), np.sort(stages.training_scores(REFERENCE))
+    cells, reference = _cells(stages, row, eps), stages.reference_scores(REFERENCE)
     before, after = ({n: _of_chunks(stages.defended, stages, pair[i]) for n, pair in cells.items()} for i in (0, 1))
     scores = [{n: _of_chunks(stages.scores, stages, pair[i]) for n, pair in cells.items()} for i in (0, 1)]
-    p_values, p_purified = ({n: permutation_p_values(s, reference) for n, s in some.items()} for some in scores)
+    p_values, p_purified = ({n: conformal_p_values(-s, -reference) for n, s in some.items()} for some in scores)
     nats = -math.log(2) * math.prod(stages.data.image_shape)  # of a bit per dimension
     bits = {name: [scores[i][name] / nats for i in (0, 1)] for name in cells}
     _strips(stages, row, before, after, folder / f"strips-{eps}", shown)
@@ -100,9 +122,14 @@ def _of_radius(stages: Stages, row: Row, eps: int, folder: Path, shown: int) -> 
     figures.likelihood_densities(folder / f"likelihoods-{eps}", {name: b[0] for name, b in bits.items()}, errors)
     figures.p_value_histograms(folder / f"p-values-{eps}", p_values, p_purified, bins=25)
     attacked, purified = ({n: s for n, s in some.items() if n != CLEAN} for some in scores)
+    negatives, control = scores[0][CLEAN], reference
+    if stages.grid.reference == "training":
+        negatives, control = control, negatives
+    areas = figures.roc_curves(folder / f"roc-{eps}", negatives, {CONTROL: control, **attacked}, purified)
     return {
-        "auroc": figures.roc_curves(folder / f"roc-{eps}", reference, attacked, purified),
-        "auroc_purified": {n: figures.auroc(reference, s) for n, s in purified.items()},
+        "auroc": {name: area for name, area in areas.items() if name != CONTROL},
+        "auroc_control": areas[CONTROL],
+        "auroc_purified": {n: figures.auroc(negatives, s) for n, s in purified.items()},
         "bits_per_dim": {name: [float(b.mean()) for b in pair] for name, pair in bits.items()},
     } | (
         {"appendix_a": appendix_a(stages.grid.dataset, bits[CLEAN][0], bits[NOISE][0], errors[CLEAN], errors[NOISE])}

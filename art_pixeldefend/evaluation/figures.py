@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.stats import gaussian_kde, rankdata
+from scipy.stats import gaussian_kde
+from sklearn.metrics import roc_auc_score, roc_curve
 
 from art_pixeldefend.files import write_atomically
 from art_pixeldefend.pictures import as_picture, tiled
@@ -117,7 +118,7 @@ def roc_curves(
     before: Mapping[str, np.ndarray],
     after: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, float]:
-    """ROC curves of telling attacked images by their low scores, with the area under each (Figure 6).
+    """Draw ROC curves of detecting attacked images by their low scores, with the area under each (Figure 6).
 
     Args:
         path: of the file.
@@ -132,12 +133,9 @@ def roc_curves(
     figure, axes = _panels(len(panels), columns=2, width=4.2, height=3.9)
     for (title, scores), ax in zip(panels.items(), axes, strict=True):
         for name, positives in scores.items():
-            thresholds = np.concatenate([[-np.inf], np.unique(np.concatenate([negatives, positives]))])
-            rates = [
-                np.searchsorted(np.sort(values), thresholds, side="right") / len(values)
-                for values in (negatives, positives)
-            ]
-            ax.plot(*rates, lw=1.4, label=f"{name} ({auroc(negatives, positives):.2f})")
+            false_positives, true_positives, _ = roc_curve(*_labelled(negatives, positives))
+            label = f"{name} ({auroc(negatives, positives):.2f})"
+            ax.plot(false_positives, true_positives, lw=1.4, label=label)
         ax.plot([0, 1], [0, 1], color="grey", lw=0.8, ls=":")
         ax.set(title=title, xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
         ax.legend(title="attack (area)", fontsize=8, loc="lower right")
@@ -146,12 +144,16 @@ def roc_curves(
 
 
 def auroc(negatives: np.ndarray, positives: np.ndarray) -> float:
-    """The chance that a positive scores below a negative, ties counted half; NaN if there are none of one kind."""
+    """The probability that a positive scores below a negative, ties counted half; NaN if there are none of one kind."""
     if not len(negatives) or not len(positives):
         return math.nan
-    ranks = rankdata(np.concatenate([negatives, positives]))[: len(negatives)]
-    wins = ranks.sum() - len(negatives) * (len(negatives) + 1) / 2
-    return float(wins / (len(negatives) * len(positives)))
+    return float(roc_auc_score(*_labelled(negatives, positives)))
+
+
+def _labelled(negatives: np.ndarray, positives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Labels, and scores of which high ones are positive, as scikit-learn takes them."""
+    labels = np.repeat([0, 1], [len(negatives), len(positives)])
+    return labels, -np.concatenate([negatives, positives])
 
 
 def likelihood_densities(

@@ -15,6 +15,7 @@ from art_pixeldefend.evaluation.preprocessors import Step
 from art_pixeldefend.validation import check_count, check_eps
 
 THREATS = ("bare", "through")
+REFERENCES = ("calibration", "training")
 CLEAN = "clean"
 
 
@@ -96,6 +97,8 @@ class Grid:
             images, the last, train no classifier.
         chunk: images a unit of work: the least that is lost when interrupted, and what processes share out.
         seed: of everything random.
+        reference: what the figures' p-values and ROC curves compare with: ``"calibration"`` images, which the density
+            model has not seen, or its ``"training"`` images, as in the paper.
 
     Raises:
         ValueError: naming what is not as described.
@@ -115,6 +118,7 @@ class Grid:
     validation: int = 100
     chunk: int = 50
     seed: int = 0
+    reference: str = "calibration"
 
     def __post_init__(self) -> None:
         for name, least in (("images", 1), ("validation", 0), ("chunk", 1)):
@@ -123,6 +127,7 @@ class Grid:
             check_eps("eps", eps)
         _check("attacks", self.attacks, ATTACKS)
         _check("recipe", (self.recipe,), RECIPES)
+        _check("reference", (self.reference,), REFERENCES)
         for row in self.rows:
             _check("network", (row.network,), NETWORKS)
             _check("training", (row.training,), TECHNIQUES)

@@ -106,8 +106,13 @@ def carry_out(stages: Stages, *, figures: bool = True, verbose: bool = True) -> 
         stages: of the grid.
         figures: draw them, unless a cell of the row that they are about failed.
         verbose: show progress.
+
+    Raises:
+        ValueError: if the figures would show images that they also compare with.
     """
     grid, out, drawn = stages.grid, stages.store.folder, []
+    if figures:
+        drawing.check_reference(stages)
     group = process_group()
     stages.verbose = verbose and group.rank == 0
     _train(stages, group)

@@ -67,13 +67,17 @@ class Stages:
                 f"validation must be at most {reserved}, the test images that {grid.dataset} reserves, "
                 f"got {grid.validation}"
             )
-        most = len(self.data.x_test) - reserved
         for row in calibrated:
-            if self.count(row) > most:
+            if self.count(row) > self.most_reported:
                 raise ValueError(
-                    f"images of {row.name} must be at most {most}, as the last {reserved} test images choose its "
-                    f"threshold, got {self.count(row)}"
+                    f"images of {row.name} must be at most {self.most_reported}, as the last {reserved} test images "
+                    f"choose its threshold, got {self.count(row)}"
                 )
+
+    @property
+    def most_reported(self) -> int:
+        """The number of test images that are not reserved."""
+        return len(self.data.x_test) - self.data.reserved
 
     @cached_property
     def data_key(self) -> str:
@@ -304,10 +308,14 @@ class Stages:
         key = {"images": self._defended_key(cell, start, count), "pixel_cnn": self.pixel_cnn_key}
         return self._scores(key, lambda: self.defended(cell, start, count))
 
-    def training_scores(self, count: int) -> np.ndarray:
-        """Those of the first training images."""
-        key = {"images": [self.data_key, "train", count], "pixel_cnn": self.pixel_cnn_key}
-        return self._scores(key, lambda: self.clean(0, count, "train"))
+    def reference_scores(self, count: int) -> np.ndarray:
+        """Log-likelihoods of the first ``count`` images that the grid's figures compare with, or of all; kept."""
+        split = self.grid.reference
+        if split == "calibration" and split not in self.splits:
+            self.splits[split] = self.data.calibration(self.pixel_cnn)
+        x = self.splits["train" if split == "training" else split][0][:count]
+        key = {"images": [self.data_key, split, len(x)], "pixel_cnn": self.pixel_cnn_key}
+        return self._scores(key, lambda: from_levels(x, UNIT))
 
     def _scores(self, key: Settings, images: Callable[[], np.ndarray]) -> np.ndarray:
         if (kept := self.store.read("scores", key)) is None:

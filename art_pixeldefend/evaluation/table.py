@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from scipy.stats import binomtest
 
 from art_pixeldefend.attacks import ATTACKS
 from art_pixeldefend.evaluation.grid import CLEAN, Cell, Grid, Row, paper_accuracy
@@ -26,14 +26,12 @@ DEFENCE_NOTES = {
 }
 
 
-def wilson(correct: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(correct: int, count: int) -> tuple[float, float]:
     """Wilson's 95% interval for a proportion (1927), each end in 0..1."""
     if not count:
         return 0.0, 1.0
-    p, spread = correct / count, z * z / count
-    centre = (p + spread / 2) / (1 + spread)
-    half = z * math.sqrt(p * (1 - p) / count + spread / (4 * count)) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    interval = binomtest(correct, count).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def entries(grid: Grid, results: Results) -> list[dict[str, Any]]:

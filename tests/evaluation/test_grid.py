@@ -302,7 +302,7 @@ def test_what_is_not_in_a_grid_is_refused(options):
         ({"rows": (Row(training="no"),)}, "training"), ({"rows": (Row(defence="no"),)}, "defence"),
         ({"rows": (Row(threat="no"),)}, "threat"), ({"rows": (Row(eps=(9,)),)}, "eps"),
         ({"rows": (Row(delta=8),)}, "delta"), ({"rows": (Row(training="adversarial-fgsm", delta=0),)}, "delta"),
-        ({"chunk": 0}, "chunk"), ({"recipe": "no"}, "recipe"),
+        ({"chunk": 0}, "chunk"), ({"recipe": "no"}, "recipe"), ({"reference": "test"}, "reference"),
         ({"rows": (Row("vgg"), Row("vgg", steps=9))}, "vgg/normal/none/bare"),
         ({"rows": (Row("vgg"), Row("vgg", eps=(40,), images=9))}, "within 40"),
         ({"rows": (Row("vgg", attacks=("fgsm",)), Row("vgg", attacks=("rand",)))}, "vgg/normal/none/bare"),
@@ -472,6 +472,34 @@ def test_a_finished_grid_is_drawn(tmp_path):
     numbers = json.loads((tmp_path / "figures" / "detection.json").read_text())["eps"]["40"]
     assert set(numbers["auroc"]) == {"FGSM"} and 0 <= numbers["auroc"]["FGSM"] <= 1
     assert set(numbers["bits_per_dim"]) == {CLEAN, "FGSM"} and "appendix_a" not in numbers  # no noise, no counts
+
+
+def test_figures_compare_with_calibration_images_or_as_the_paper_with_training_images(tmp_path, monkeypatch):
+    grid = replace(TINY, rows=(Row("vgg", "normal", "pixeldefend"),), eps=(40,), attacks=("rand",), images=30, chunk=30)
+    data, drawn = datasets.load("digits"), []
+    monkeypatch.setattr(Stages, "defended", Stages.attacked)  # nothing to purify
+    monkeypatch.setattr(drawing, "_strips", lambda *_: None)
+    monkeypatch.setattr(drawing.figures, "roc_curves", lambda *args: drawn.append(args) or {"clean (control)": 0.5})
+    for reference in ("calibration", "training"):
+        stages = Stages(replace(grid, reference=reference), data, Store(tmp_path))
+        drawing.draw(stages, tmp_path / reference, samples=2)
+        numbers = json.loads((tmp_path / reference / "detection.json").read_text())
+        assert numbers["reference"] == {"images": reference, "count": {"calibration": 200, "training": 1000}[reference]}
+        assert numbers["eps"]["40"]["auroc_control"] == 0.5
+    score = PixelDefendDetector("digits", (0, 255)).score
+    clean, calibration = score(data.x_test[:30]), score(data.reserve().x)
+    training = score(data.train_and_calibration().x[:1000])
+    for (_, negatives, positives, _), expected in zip(drawn, ((clean, calibration), (training, clean)), strict=True):
+        np.testing.assert_allclose(negatives, expected[0], rtol=1e-5)
+        np.testing.assert_allclose(positives["clean (control)"], expected[1], rtol=1e-5)
+
+
+def test_figures_of_the_images_that_they_compare_with_are_refused_before_any_work(tmp_path):
+    grid = replace(TINY, rows=(Row("vgg", "normal", "pixeldefend"),), images=201)
+    with pytest.raises(ValueError, match=r"^images of vgg/normal/pixeldefend/bare must be at most 200"):
+        run(tmp_path, grid)
+    assert not list(tmp_path.iterdir())
+    drawing.check_reference(Stages(replace(grid, reference="training"), datasets.load("digits"), Store(tmp_path)))
 
 
 def test_likelihoods_for_the_figures_are_shared_out_and_computed_once(tmp_path, monkeypatch):
