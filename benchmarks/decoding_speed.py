@@ -1,8 +1,8 @@
-"""How long decoding takes, in forward passes.
+"""Measure decoding time in forward-pass equivalents (FPE).
 
-FPE, forward-pass equivalents: time to purify a batch / time of the fastest plain float32 forward pass of the same
-network over the same images with the same threads. Both are measured alternately, round by round; the median of the
-rounds' ratios is what counts, so that another process on the machine slows both alike.
+FPE is the time to purify a batch divided by the time of the fastest plain float32 forward pass of the same network over
+the same images with the same threads. Both are timed alternately, in rounds, so that other processes on the machine
+slow both alike; the result is the median of the rounds' ratios. Every purified batch is certified.
 
     python benchmarks/decoding_speed.py --filters 40 --resnets 5 --batch 1 256
     python benchmarks/decoding_speed.py --image-shape 3 32 32 --filters 64 --resnets 3 --batch 1 64
@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 from published import command
+from timing import conditions, fastest_forward, forward, seconds
 from torch import Tensor
-from yardstick import conditions, fastest_forward, forward, seconds
 
 from art_pixeldefend import PixelCNNpp, datasets, greedy_decode
 from art_pixeldefend.models.pixelcnnpp.decoders import ENGINES, certify, choose_engine
@@ -42,24 +42,22 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 256])
     parser.add_argument("--eps", type=int, default=32, help="in levels")
     parser.add_argument("--method", nargs="+", default=["auto"], choices=["auto", *ENGINES])
-    parser.add_argument("--model", help="a checkpoint or the name of a bundled model, instead of random weights")
-    parser.add_argument("--data", help="a data set whose test images to take, instead of synthetic ones")
+    parser.add_argument("--model", help="a bundled model or a .safetensors file, instead of random weights")
+    parser.add_argument("--data", help="a data set, whose test images replace the synthetic ones")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--bf16", action="store_true", help="decode in bfloat16, not exactly; the forward pass stays")
-    parser.add_argument(
-        "--scaling", action="store_true", help="decoding time against image size and batch, with a plot"
-    )
-    parser.add_argument("--output", type=Path, help="JSON file; with --scaling, the plot lies beside it")
+    parser.add_argument("--bf16", action="store_true", help="decode in bfloat16 (not exact)")
+    parser.add_argument("--scaling", action="store_true", help="vary image size and batch size, and plot the times")
+    parser.add_argument("--output", type=Path, help="JSON file; --scaling writes a PNG of the same name")
     return parser.parse_args()
 
 
-# What is decoded
+# Model and images
 
 
 def make_model(options: argparse.Namespace, image_shape: tuple[int, int, int]) -> PixelCNNpp:
-    """Build the model asked for: a checkpoint's, or one that has just been initialised."""
+    """Load the model asked for, or initialise one with random weights."""
     if options.model:
         return as_model(options.model, PixelCNNpp, torch.device(options.device), name="--model")
     torch.manual_seed(0)
@@ -69,7 +67,7 @@ def make_model(options: argparse.Namespace, image_shape: tuple[int, int, int]) -
 
 
 def synthetic_images(count: int, image_shape: tuple[int, int, int]) -> Tensor:
-    """Slopes with noise: neighbours are alike, as they are in images."""
+    """Gradients with noise: neighbouring pixels are similar, as in images."""
     rng = np.random.default_rng(0)
     channels, height, width = image_shape
     slope = rng.normal(0, 60, (count, channels, 1, 1)) * np.linspace(-1, 1, height)[:, None]
@@ -85,11 +83,11 @@ def images(options: argparse.Namespace, model: PixelCNNpp, count: int) -> Tensor
     return synthetic_images(count, model.image_shape).to(options.device)
 
 
-# Time
+# Timing
 
 
 class PassCounter:
-    """Counts the images that go through the network while it is open."""
+    """Context manager that counts the images which pass through the network."""
 
     def __init__(self, model: PixelCNNpp) -> None:
         self.images = 0
@@ -107,7 +105,7 @@ class PassCounter:
 
 
 def measure(options: argparse.Namespace, model: PixelCNNpp, batch: int) -> list[dict[str, Any]]:
-    """One row for each method."""
+    """Time each method on one batch, and certify its result."""
     x = images(options, model, batch)
     how = fastest_forward(model, x)
     plain = partial(forward, model, x, **how)
@@ -141,7 +139,7 @@ def measure(options: argparse.Namespace, model: PixelCNNpp, batch: int) -> list[
 
 
 def row(model, options, count, method, engine, how, forwards, decodes) -> dict[str, Any]:
-    """One method's figures as they go into the JSON."""
+    """One method's figures, as written to the JSON file."""
     ratios = [decode / forward for decode, forward in zip(decodes, forwards, strict=True)]
     return {
         "image_shape": list(model.image_shape),
@@ -167,7 +165,7 @@ def row(model, options, count, method, engine, how, forwards, decodes) -> dict[s
 
 
 def report(rows: list[dict[str, Any]]) -> None:
-    """Print rows."""
+    """Print one line per row."""
     for r in rows:
         shape = "x".join(map(str, r["image_shape"]))
         print(
@@ -180,7 +178,7 @@ def report(rows: list[dict[str, Any]]) -> None:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Milliseconds an image against the pixel count, and against the batch."""
+    """Plot milliseconds per image against the number of pixels and against the batch size."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -195,7 +193,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         forwards = [1000 * r["forward_seconds"] / r["batch"] for r in group]
         axis.plot([key(r) for r in group], times, "o-", label=f"decoding ({group[0]['engine']})")
         axis.plot([key(r) for r in group], forwards, "s--", color="0.5", label="one forward pass")
-        axis.set(xscale="log", yscale="log", xlabel=label, ylabel="milliseconds an image")
+        axis.set(xscale="log", yscale="log", xlabel=label, ylabel="milliseconds per image")
         axis.grid(alpha=0.3, which="both")
     left.set_title(f"batch {next(r['batch'] for r in rows if r['varies'] == 'size')}", fontsize=10)
     right.set_title("28 x 28", fontsize=10)
@@ -204,7 +202,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def scaling(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Image sizes at one batch, then batches at one image size."""
+    """Measure several image sizes at one batch size, then several batch sizes at 28 x 28."""
     rows = []
     for varies, shape, batch in [("size", (1, size, size), options.batch[0]) for size in SIZES] + [
         ("batch", (1, 28, 28), batch) for batch in BATCHES
@@ -216,7 +214,7 @@ def scaling(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print and write."""
     options = arguments()
     torch.set_num_threads(options.threads)
     if options.scaling:

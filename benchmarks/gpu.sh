@@ -1,7 +1,7 @@
 #!/bin/sh
-# The speed figures of an NVIDIA GPU: benchmarks/gpu.sh FOLDER writes them there as JSON. Meant for less than ten minutes.
+# Measure all speed figures of an NVIDIA GPU, and write them as JSON: benchmarks/gpu.sh FOLDER
 set -eu
-out=${1:?"the folder for the figures"}
+out=${1:?"folder for the JSON files"}
 cd "$(dirname "$0")/.."
 mkdir -p "$out"
 decode="python3 benchmarks/decoding_speed.py --device cuda --rounds 3"
@@ -13,4 +13,4 @@ train="python3 benchmarks/training_speed.py --batch 128 --rounds 3 --seconds 2"
 $train --filters 40 --resnets 5 --out "$out/gpu-training-40x5.json"
 python3 benchmarks/scoring_speed.py --filters 40 --resnets 5 --images 5000 --out "$out/gpu-scoring-40x5.json"
 python3 benchmarks/training_speed.py --filters 24 --resnets 2 --rounds 3 --seconds 1 --losses 300 \
-    --out "$out/gpu-training-24x2.json" # in batches of 16: the losses of plain steps take a minute
+    --out "$out/gpu-training-24x2.json" # batches of 16

@@ -1,10 +1,10 @@
-"""How far decoding in bfloat16 agrees with decoding in float32.
+"""Compare decoding in bfloat16 with decoding in float32.
 
     python benchmarks/reduced_precision.py --images 1000 --classifier resnet.safetensors --out out.json
 
-Test images with random noise are purified by the model as it is and by ``pixel_cnn.bfloat16()``. The result says which
-share of sub-pixels and of images differs, how likely both results are under the float32 model, how often the classifier
-is right about them, and how long both took.
+Test images with random noise are purified by the model in float32 and by ``pixel_cnn.bfloat16()``. The result holds the
+shares of sub-pixels and of images that differ, both results' bits per dimension under the float32 model, the
+classifier's accuracy on them, and the times.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from art_pixeldefend.models.zoo import as_model
 
 
 def purified(model: PixelCNNpp, x: np.ndarray, eps: int) -> tuple[np.ndarray, float]:
-    """Levels (N, C, H, W) and seconds, by the engine that takes any precision."""
+    """Purify with the engine that supports any precision: levels (N, C, H, W) and seconds."""
     greedy_decode(model, x[:8], eps, "cached")
     began = time.perf_counter()
     return greedy_decode(model, x, eps, "cached", batch_size=256, verbose=True), time.perf_counter() - began
 
 
 def compare(model: PixelCNNpp, x: np.ndarray, y: np.ndarray, eps: int, classifier: Path | None) -> dict[str, Any]:
-    """Both results, and what tells them apart."""
+    """Measures of both results and of their difference."""
     network = classifiers.as_art(classifiers.load(classifier)[0]) if classifier else None
     levels, facts = {}, {}
     for name, decoder in (("float32", model), ("bfloat16", copy.deepcopy(model).bfloat16())):
@@ -53,12 +53,12 @@ def compare(model: PixelCNNpp, x: np.ndarray, y: np.ndarray, eps: int, classifie
 
 def main(
     images: Annotated[int, typer.Option(help="test images, from the first on")] = 1000,
-    model: Annotated[str, typer.Option(help="a bundled model or a checkpoint")] = "fashion-mnist",
-    data: Annotated[str, typer.Option(help="a data set")] = "fashion-mnist",
+    model: Annotated[str, typer.Option(help="density model: a bundled name or a path")] = "fashion-mnist",
+    data: Annotated[str, typer.Option(help="data set: a name or a path")] = "fashion-mnist",
     data_dir: DataDir = None,
-    classifier: Annotated[Path | None, typer.Option(help="a file of classifiers.save")] = None,
-    eps: Annotated[int, typer.Option(help="radius of purification, levels")] = 32,
-    noise: Annotated[int, typer.Option(help="of the images, levels")] = 8,
+    classifier: Annotated[Path | None, typer.Option(help="file written by classifiers.save")] = None,
+    eps: Annotated[int, typer.Option(help="radius of the purification, in levels")] = 32,
+    noise: Annotated[int, typer.Option(help="largest noise added to a pixel, in levels")] = 8,
     out: Annotated[Path | None, typer.Option(help="JSON file")] = None,
 ) -> None:
     """Decode in both precisions and compare."""

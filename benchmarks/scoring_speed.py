@@ -1,9 +1,9 @@
-"""Scoring speed: ``bits_per_dim`` against the network's forward passes alone, alternately in one run, same images.
+"""Time ``bits_per_dim`` against the network's forward passes, alternately on the same images.
 
     python benchmarks/scoring_speed.py --images 10000 --threads 2 --out benchmarks/results/scoring-24x2.json
 
-The forward passes are the fastest of several chunk sizes and two memory layouts, chosen by trial. Speed does not depend
-on what an image shows: the images are random.
+The forward passes use the fastest of several chunk sizes and two memory layouts. Images are random, because speed does
+not depend on their content.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from typing import Annotated, Any
 import torch
 import typer
 from published import command
+from timing import conditions, fastest_forward, forward, seconds
 from torch import Tensor
 from tqdm import tqdm
-from yardstick import conditions, fastest_forward, forward, seconds
 
 from art_pixeldefend import PixelCNNpp
 from art_pixeldefend.files import write_atomically
 
-TRIED = 256  # images, when a chunk size is chosen
-ROUNDS = 9  # enough for a median, and short, so that a disturbance of the machine hits both ways
+TRIED = 256  # images for choosing a chunk size
+ROUNDS = 9  # short rounds, so that a disturbance of the machine affects both alike
 
 
 def measure(model: PixelCNNpp, x: Tensor, rounds: int = ROUNDS) -> dict[str, Any]:
-    """Totals over all images, and the median of the ratio over rounds, each with its part of the images."""
+    """Rates over all images, and the median of the rounds' ratios; the rounds divide the images among them."""
     how = fastest_forward(model, x[:TRIED])
     forwards, scores = [], []
     for piece in tqdm(x.tensor_split(min(rounds, len(x))), unit="round"):
@@ -46,7 +46,7 @@ def measure(model: PixelCNNpp, x: Tensor, rounds: int = ROUNDS) -> dict[str, Any
 
 
 def some_images(model: PixelCNNpp, count: int) -> Tensor:
-    """Levels (count, C, H, W), random."""
+    """Random levels (count, C, H, W)."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (count, *model.image_shape), generator=generator).to(torch.uint8).to(model.device)
 
@@ -55,13 +55,13 @@ def main(
     filters: Annotated[int, typer.Option(help="feature maps")] = 24,
     resnets: Annotated[int, typer.Option(help="gated resnets per stage")] = 2,
     image_shape: Annotated[tuple[int, int, int], typer.Option(help="channels, height, width")] = (1, 28, 28),
-    images: Annotated[int, typer.Option(min=1, help="how many")] = 10_000,
-    rounds: Annotated[int, typer.Option(min=1, help="that share the images out")] = ROUNDS,
-    threads: Annotated[int | None, typer.Option(help="torch's own choice unless given")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ..")] = "cuda" if torch.cuda.is_available() else "cpu",
-    out: Annotated[Path | None, typer.Option(help="write the figures to this JSON file")] = None,
+    images: Annotated[int, typer.Option(min=1, help="number of random images")] = 10_000,
+    rounds: Annotated[int, typer.Option(min=1, help="number of rounds, which divide the images")] = ROUNDS,
+    threads: Annotated[int | None, typer.Option(help="number of threads; default: torch's choice")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cuda" if torch.cuda.is_available() else "cpu",
+    out: Annotated[Path | None, typer.Option(help="JSON file")] = None,
 ) -> None:
-    """Time bits_per_dim against the fastest forward passes, and print the figures."""
+    """Time bits_per_dim against the fastest forward passes and print the figures."""
     torch.set_num_threads(threads or torch.get_num_threads())
     torch.manual_seed(0)
     model = PixelCNNpp(image_shape, filters, resnets).to(device).eval()

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from published import command
-from yardstick import conditions
+from timing import conditions
 
 from art_pixeldefend import PixelCNNpp, datasets
 from art_pixeldefend.files import write_atomically

@@ -1,4 +1,4 @@
-"""What speeds are measured by, the fastest plain float32 forward passes of the same network; and on and with what."""
+"""Timing for the speed benchmarks: forward passes to compare with, hardware and versions."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from torch import Tensor
 from art_pixeldefend import PixelCNNpp, __version__
 
 CHUNKS = (1, 4, 8, 16, 32, 64, 256, 1024)
-SHORTEST = 0.3  # seconds: what takes less is repeated
+SHORTEST = 0.3  # seconds; shorter calls are repeated
 
 
 def seconds(function: Callable[[], Any], device: torch.device) -> float:
-    """Wall time of one call, repeated until it can be measured."""
+    """Mean wall time of a call, which is repeated for at least :data:`SHORTEST` seconds."""
     calls, start = 0, time.perf_counter()
     while not calls or time.perf_counter() - start < SHORTEST:
         function()
@@ -34,7 +34,7 @@ def seconds(function: Callable[[], Any], device: torch.device) -> float:
 
 @torch.inference_mode()
 def forward(model: PixelCNNpp, x: Tensor, chunk: int, channels_last: bool) -> None:
-    """Plain passes over ``x`` in chunks, in the precision that decoding and scoring have: no TF32."""
+    """Run plain forward passes over ``x`` in chunks, in the precision of decoding and scoring: no TF32."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     with model.evaluating():
         for piece in x.split(chunk):
@@ -42,7 +42,7 @@ def forward(model: PixelCNNpp, x: Tensor, chunk: int, channels_last: bool) -> No
 
 
 def fastest_forward(model: PixelCNNpp, x: Tensor) -> dict[str, Any]:
-    """Chunk size and memory layout that take the least time, as arguments of :func:`forward`."""
+    """The chunk size and memory layout that take the least time, as arguments of :func:`forward`."""
     times = {}
     sizes = {min(chunk, len(x)) for chunk in CHUNKS if chunk >= len(x) // 64}  # smaller ones are never the fastest
     for chunk, last in product(sorted(sizes), (False, True)):
@@ -55,12 +55,12 @@ def fastest_forward(model: PixelCNNpp, x: Tensor) -> dict[str, Any]:
 
 
 def conditions(device: torch.device) -> dict[str, Any]:
-    """Date, hardware and versions, as every speed figure's JSON has them."""
+    """Date, hardware and versions, for the JSON files of the speed benchmarks."""
     return {"date": date.today().isoformat(), "hardware": hardware(device), "versions": versions()}
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """The processor, its vectors, torch's threads, and the device."""
+    """The processor, its vector instructions, torch's number of threads, and the device."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -73,7 +73,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of what speed depends on."""
+    """Versions of the packages that speed depends on."""
     found = {"python": platform.python_version(), "art-pixeldefend": __version__, "torch": torch.__version__}
     for package in ("numpy", "numba"):
         try:
