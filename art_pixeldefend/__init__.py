@@ -7,10 +7,25 @@ if TYPE_CHECKING:
     from art_pixeldefend.detectors import PixelDefendDetector
     from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
     from art_pixeldefend.models.pixelcnnpp.decoders import greedy_decode
-    from art_pixeldefend.purifiers import AdaptivePixelDefend, PixelDefend, PurifiedModel
+    from art_pixeldefend.purifiers import (
+        AdaptivePixelDefend,
+        PixelDefend,
+        PurifiedModel,
+        ScoreDenoiser,
+        ScorePurifier,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["AdaptivePixelDefend", "PixelCNNpp", "PixelDefend", "PixelDefendDetector", "PurifiedModel", "greedy_decode"]
+__all__ = [
+    "AdaptivePixelDefend",
+    "PixelCNNpp",
+    "PixelDefend",
+    "PixelDefendDetector",
+    "PurifiedModel",
+    "ScoreDenoiser",
+    "ScorePurifier",
+    "greedy_decode",
+]
 
 _MODULES = {
     "AdaptivePixelDefend": "purifiers",
@@ -18,6 +33,8 @@ _MODULES = {
     "PixelDefend": "purifiers",
     "PixelDefendDetector": "detectors",
     "PurifiedModel": "purifiers",
+    "ScoreDenoiser": "purifiers",
+    "ScorePurifier": "purifiers",
     "greedy_decode": "models.pixelcnnpp.decoders",
 }
 

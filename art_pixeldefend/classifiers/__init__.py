@@ -2,6 +2,7 @@
 
 from art_pixeldefend.classifiers.networks import NETWORKS, accuracy, as_art, build, load, save
 from art_pixeldefend.classifiers.training import RATIO, RECIPES, SMOOTHING, TECHNIQUES, Recipe, train
+from art_pixeldefend.classifiers.tuning import TUNING, PurifiedTrainer
 
 __all__ = [
     "NETWORKS",
@@ -9,6 +10,8 @@ __all__ = [
     "RECIPES",
     "SMOOTHING",
     "TECHNIQUES",
+    "TUNING",
+    "PurifiedTrainer",
     "Recipe",
     "accuracy",
     "as_art",

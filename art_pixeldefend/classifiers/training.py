@@ -6,7 +6,7 @@ import contextlib
 import io
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from art.defences.preprocessor import LabelSmoothing
 from art.defences.trainer import AdversarialTrainer
 from art.estimators.classification import PyTorchClassifier
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from art_pixeldefend.attacks.training import HalfNormalBIM, HalfNormalFGSM
@@ -53,6 +53,12 @@ class Recipe:
     weight_decay: float = 5e-4
     flips: bool = True
     mixed_precision: bool = True
+
+    def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """Stochastic gradient descent at the highest learning rate."""
+        return torch.optim.SGD(
+            parameters, self.learning_rate, self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov
+        )
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         """Stepped once after every optimiser step."""
@@ -116,14 +122,14 @@ def train(
     labels = _one_hot(x, y, model)
     if technique == "label-smoothing":
         labels = LabelSmoothing(max_value=1 - smoothing)(x, labels)[1]
-    with _seeded(seed):
+    with seeded(seed):
         classifier, scheduler = _classifier(model, recipe)
         fit = _fit(classifier, technique, delta, seed)
         # Made before standard error is muted for ART's own progress bars, one of which it shows for every batch.
         bar = tqdm(total=recipe.steps, unit="step", desc=f"train {technique}", disable=not verbose, file=sys.stderr)
         with bar, contextlib.redirect_stderr(io.StringIO()):
-            for batch in _batches(len(x), recipe, seed):
-                images = _flip(x[batch.ids], batch.flips).astype(np.float32) / 255
+            for batch in batches(len(x), recipe, seed):
+                images = flip(x[batch.ids], batch.flips).astype(np.float32) / 255
                 fit(images, labels[batch.ids], batch_size=len(images), nb_epochs=1, scheduler=scheduler)
                 bar.update()
     if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
@@ -152,13 +158,7 @@ def _recipe(recipe: Recipe | str) -> Recipe:
 
 def _classifier(model: Network, recipe: Recipe) -> tuple[PyTorchClassifier, Any]:
     """What ART trains, and its learning-rate scheduler."""
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        recipe.learning_rate,
-        recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        nesterov=recipe.nesterov,
-    )
+    optimizer = recipe.optimizer(model.parameters())
     wrapped = _MixedPrecision(model) if recipe.mixed_precision else model
     return as_art(wrapped, optimizer=optimizer), recipe.scheduler(optimizer)
 
@@ -189,7 +189,7 @@ class _Batch:
     flips: np.ndarray
 
 
-def _batches(count: int, recipe: Recipe, seed: int) -> Iterator[_Batch]:
+def batches(count: int, recipe: Recipe, seed: int) -> Iterator[_Batch]:
     """One a step: which images, and which of them are mirrored. Every epoch has an order of its own."""
     rng = np.random.default_rng(seed)
     size = min(recipe.batch_size, count)
@@ -201,12 +201,13 @@ def _batches(count: int, recipe: Recipe, seed: int) -> Iterator[_Batch]:
         yield _Batch(ids, rng.random(size) < (0.5 if recipe.flips else 0.0))
 
 
-def _flip(x: np.ndarray, which: np.ndarray) -> np.ndarray:
-    return np.where(which[:, None, None, None], x[..., ::-1], x)
+def flip(x: np.ndarray, which: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Images (N, ...), those of the mask ``which`` (N,) mirrored along ``axis``."""
+    return np.where(which[:, None, None, None], np.flip(x, axis), x)
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """torch's and NumPy's global generators, which ART draws from, seeded inside and restored afterwards."""
     state = np.random.get_state()
     with torch.random.fork_rng():

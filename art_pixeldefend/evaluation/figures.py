@@ -179,6 +179,26 @@ def likelihood_densities(
     _save(figure, path)
 
 
+def certified_accuracy(path: str | PathLike[str], radii: Mapping[str, np.ndarray]) -> None:
+    """Certified accuracy against the L2 radius, a curve for each smoothed classifier (Cohen et al. 2019, Figure 6).
+
+    Args:
+        path: of the file.
+        radii: within which images certainly get their true class (N,), -inf for those that do not, by name.
+    """
+    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+    ax = figure.subplots()
+    for name, values in radii.items():
+        steps = np.unique(np.append(values[values >= 0], 0.0))
+        accuracy = [100 * (values >= step).mean() for step in steps]
+        # The accuracy at a radius holds from the next smaller one on, and is zero beyond the largest.
+        ax.step([*steps, steps[-1]], [*accuracy, 0], where="pre", lw=1.4, label=name)
+    ax.set(xlabel="L2 radius", ylabel="certified accuracy (%)", ylim=(0, 100), xlim=(0, None))
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    _save(figure, path)
+
+
 def _density(values: np.ndarray, grid: np.ndarray) -> np.ndarray:
     """A kernel estimate; a histogram where the values are too few or too equal for one."""
     values = np.asarray(values)[np.isfinite(values)]

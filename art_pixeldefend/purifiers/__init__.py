@@ -1,8 +1,19 @@
 """Purifiers: ART preprocessors that remove adversarial perturbations before a classifier sees an image."""
 
 from art_pixeldefend.purifiers.adaptive_pixel_defend import AdaptivePixelDefend
+from art_pixeldefend.purifiers.adaptive_updates import AdaptiveStep, adaptive_updates
 from art_pixeldefend.purifiers.base import Purifier
 from art_pixeldefend.purifiers.pixel_defend import PixelDefend
 from art_pixeldefend.purifiers.purified_model import PurifiedModel
+from art_pixeldefend.purifiers.score_purifier import ScoreDenoiser, ScorePurifier
 
-__all__ = ["AdaptivePixelDefend", "PixelDefend", "PurifiedModel", "Purifier"]
+__all__ = [
+    "AdaptivePixelDefend",
+    "AdaptiveStep",
+    "PixelDefend",
+    "PurifiedModel",
+    "Purifier",
+    "ScoreDenoiser",
+    "ScorePurifier",
+    "adaptive_updates",
+]

@@ -171,6 +171,7 @@ class Purifier(PreprocessorPyTorch):
     gradients: tuple[str, ...] = ("identity",)
     model: Any = None
     channels_first: bool | None = None
+    clips_input: bool = True  # images are clipped to ``clip_values``, with a warning, before ``purify`` gets them
     precision: torch.dtype = torch.float32  # the least of the images that ``purify`` gets
 
     def __init__(
@@ -233,7 +234,7 @@ class Purifier(PreprocessorPyTorch):
     def purified(self, x: Tensor, clip_values: ClipValues = UNIT) -> Tensor:
         """Purify images of a given value range, whatever the purifier's own: as :meth:`forward` otherwise."""
         images = Images(self.image_shape, clip_values, self.channels_first)
-        if images.check(x) and not self._warned:
+        if images.check(x) and self.clips_input and not self._warned:
             self._warned = True
             warnings.warn(f"images have values outside clip_values {images.shown}, which are clipped", stacklevel=3)
         seed = self._call_seed()
@@ -241,7 +242,10 @@ class Purifier(PreprocessorPyTorch):
         def purify(part: Tensor, start: int) -> Tensor:
             device = part.device if self.model is None else self.model.device
             dtype = torch.promote_types(part.dtype if part.is_floating_point() else torch.float32, self.precision)
-            unit = StraightThrough.apply(images.to_unit(part), lambda values: values.clamp(0, 1)).to(device, dtype)
+            unit = images.to_unit(part)
+            if self.clips_input:
+                unit = StraightThrough.apply(unit, lambda values: values.clamp(0, 1))
+            unit = unit.to(device, dtype)
             generator = BatchGenerator(seed, range(start, start + len(part)), device, dtype)
             return images.from_unit(self.purify(unit, generator), like=part)
 
