@@ -24,6 +24,8 @@ from art_pixeldefend.validation import check_count, check_image_shape, check_num
 
 FREQUENCIES = 16  # of the Fourier features of the noise level
 SAMPLING_STEPS = 50
+EVALUATED = (0.1, 0.25, 0.5)  # noise levels
+EVALUATION_BATCH = 200
 Noise = Callable[[], Tensor]  # a fresh standard normal tensor of the images' shape at every call
 
 
@@ -170,6 +172,28 @@ class ScoreModel(ImageModel):
             )
         return levels.expand(len(x))
 
+    def loss(self, batch: Tensor) -> Tensor:
+        """The training loss of levels (N, C, H, W): :class:`DenoisingLoss` with its default noise levels."""
+        return DenoisingLoss()(self, batch)
+
+    @torch.no_grad()
+    def evaluate(self, x: Tensor | np.ndarray) -> dict[str, float]:
+        """The root mean square error of denoised images at several noise levels, averaged over levels ``x``.
+
+        The noise is the same at every call.
+        """
+        clean = self.as_levels(x).to(self.dtype) / 255
+        errors: dict[str, float] = {}
+        for sigma in EVALUATED:
+            generator = torch.Generator().manual_seed(0)
+            of_images = []
+            for some in clean.split(EVALUATION_BATCH):
+                noise = torch.randn(some.shape, generator=generator).to(some)
+                error = self.denoise(some + sigma * noise, sigma) - some
+                of_images.append(error.square().mean((1, 2, 3)).sqrt())
+            errors[f"rmse_{sigma:g}"] = torch.cat(of_images).mean().item()
+        return errors
+
     @torch.no_grad()
     def sample(self, count: int, *, seed: int = 0, steps: int = SAMPLING_STEPS) -> Tensor:
         """Draw images by reverse diffusion from the largest noise level: levels (count, C, H, W), uint8.
@@ -225,24 +249,6 @@ class DenoisingLoss:
         )
         uniform = torch.rand(count, device=device) * (high - low) + low
         return (torch.special.ndtri(uniform) * self.deviation + self.mean).exp().clamp(*sigma_range)
-
-
-@torch.no_grad()
-def denoising_rmse(
-    model: ScoreModel, x: Tensor | np.ndarray, sigma: float, *, seed: int = 0, batch_size: int = 200
-) -> float:
-    """The root mean square error of denoised images, over all pixels of levels ``x`` (N, C, H, W), one draw for each.
-
-    Raises:
-        ValueError: naming ``x`` or ``sigma``.
-    """
-    clean = model.as_levels(x).float() / 255
-    generator = torch.Generator().manual_seed(seed)
-    total = 0.0
-    for some in clean.split(batch_size):
-        noise = torch.randn(some.shape, generator=generator).to(some.device)
-        total += (model.denoise(some + sigma * noise, sigma) - some).square().sum().item()
-    return math.sqrt(total / clean.numel())
 
 
 # Reverse diffusion

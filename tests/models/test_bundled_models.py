@@ -5,12 +5,13 @@ import pytest
 
 from art_pixeldefend import PixelCNNpp, greedy_decode
 from art_pixeldefend.models import zoo
+from art_pixeldefend.models.score import ScoreModel
 
 SETTINGS = ("dropout", "learning_rate", "warmup", "decay", "average", "seed")
 
 
 @pytest.mark.parametrize("name", zoo.names("pixelcnnpp"))
-def test_every_bundled_model_has_a_card_that_states_its_header(name):
+def test_every_density_model_has_a_card_that_states_its_header(name):
     model, card = PixelCNNpp.from_pretrained(name), zoo.path(name).with_suffix(".md").read_text()
     header = model.provenance
     assert name.startswith(header["dataset"])
@@ -21,6 +22,22 @@ def test_every_bundled_model_has_a_card_that_states_its_header(name):
         images = run["batch_size"] * run["processes"]
         assert "| ".join(map(str, ["", f"{number} ", f"{run['steps']} ", f"{images} "])) in card
         assert " | ".join(str(run[setting]) for setting in SETTINGS) in card
+
+
+@pytest.mark.parametrize("name", zoo.names("score"))
+def test_every_score_model_has_a_card_that_states_its_header(name):
+    model, path = ScoreModel.from_pretrained(name), zoo.path(name)
+    card = path.with_suffix(".md").read_text()
+    errors = [model.provenance[f"test_rmse_{sigma}"] for sigma in ("0.1", "0.25", "0.5")]
+    assert " / ".join(f"{error:.3f}" for error in errors) in card
+    assert f"art-pixeldefend train {model.provenance['dataset']} --kind score" in card
+    assert path.stat().st_size <= 2.5e6
+
+
+def test_digits_denoising_errors_are_what_the_card_says(digits):
+    model = ScoreModel.from_pretrained("digits-score")
+    for name, error in model.evaluate(digits.x_test).items():
+        assert error == pytest.approx(model.provenance[f"test_{name}"], abs=1e-4)
 
 
 def test_digits_bits_per_dim_is_what_its_card_says(digits, digits_model):

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from art_pixeldefend.models.score import (
     DenoisingLoss,
     ScoreModel,
-    denoising_rmse,
     noise_levels,
     reverse_diffusion,
 )
@@ -185,14 +184,23 @@ def test_training_learns_to_denoise(digits):
     model = ScoreModel((1, 8, 8), (16, 24), (1, 1), 16)
     images = torch.from_numpy(digits.x_train)
     model.initialise(images)
-    before = denoising_rmse(model, digits.x_test, 0.25)
+    before = model.evaluate(digits.x_test)["rmse_0.25"]
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(150):
-        loss = DenoisingLoss()(model, images[torch.randint(0, len(images), (64,))])
+        loss = model.loss(images[torch.randint(0, len(images), (64,))])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert denoising_rmse(model, digits.x_test, 0.25) < 0.75 * before
+    assert model.evaluate(digits.x_test)["rmse_0.25"] < 0.75 * before
+
+
+def test_the_evaluation_is_the_root_mean_square_error_of_each_image():
+    plain = gaussian_model((1, 16, 16), 0.0, 0.25)
+    black = np.zeros((300, 1, 16, 16), np.uint8)  # denoised to a share of the noise
+    errors = plain.evaluate(black)
+    for sigma in (0.1, 0.25, 0.5):
+        assert errors[f"rmse_{sigma:g}"] == pytest.approx(0.25**2 / (0.25**2 + sigma**2) * sigma, rel=0.01)
+    assert plain.evaluate(black) == errors
 
 
 # Reverse diffusion

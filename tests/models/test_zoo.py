@@ -56,7 +56,8 @@ def test_a_model_that_is_passed_is_returned_as_it_is(make_model):
 
 def test_names_are_listed_by_kind():
     assert "digits" in zoo.names("pixelcnnpp") and zoo.names("none") == []
-    assert zoo.names() == zoo.names("pixelcnnpp")
+    assert "digits-score" in zoo.names("score")
+    assert zoo.names() == sorted(zoo.names("pixelcnnpp") + zoo.names("score"))
     with pytest.raises(ValueError, match="digits"):
         zoo.path("imagenet")
 
