@@ -130,11 +130,11 @@ def check_levels(name: str, x: Any, image_shape: tuple[int, int, int]) -> Tensor
     return x.to(torch.uint8)
 
 
-def check_labels(name: str, y: Any, count: int) -> np.ndarray:
-    """Class numbers (``count``,), int64, of labels given as (N,) or (N, 1) class numbers, or one-hot (N, classes).
+def check_labels(name: str, y: Any, count: int | None = None) -> np.ndarray:
+    """Class numbers (N,), int64, of labels given as class numbers (N,) or (N, 1), or one-hot (N, classes).
 
     Raises:
-        ValueError: naming the argument ``name``, for labels of another form or number.
+        ValueError: naming the argument ``name``, for labels of another form, or a number other than ``count``.
     """
     try:
         labels = np.asarray(y.detach().cpu() if isinstance(y, Tensor) else y)
@@ -145,8 +145,10 @@ def check_labels(name: str, y: Any, count: int) -> np.ndarray:
         labels = labels[:, 0]
     elif labels.ndim == 2 and labels.dtype.kind in "biuf" and _is_one_hot(labels):
         labels = labels.argmax(axis=1)
-    if labels.shape != (count,) or labels.dtype.kind not in "iu" or (count and labels.min() < 0):
-        raise ValueError(f"{name} must be {count} class numbers or one-hot rows, got {given}")
+    valid = labels.ndim == 1 and labels.dtype.kind in "iu" and not (labels < 0).any()
+    if not valid or len(labels) != (len(labels) if count is None else count):
+        expected = "" if count is None else f"{count} "
+        raise ValueError(f"{name} must be {expected}class numbers or one-hot rows, got {given}")
     return labels.astype(np.int64)
 
 

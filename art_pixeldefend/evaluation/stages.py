@@ -197,7 +197,7 @@ class Stages:
             f"{attack} {eps}": self.attacked(Cell(bare, attack, eps), 0, len(x), "reserve")
             for attack in self.grid.attacks
             for eps in self.grid.eps_of(row)
-        }
+        } | {CLEAN: self.clean(0, len(x), "reserve")}
         arguments = dict(dict(self.grid.defences[row.defence])[path])
         defence = self.build([(path, arguments | {"threshold": 0.0})])
         if not isinstance(defence, AdaptivePixelDefend):

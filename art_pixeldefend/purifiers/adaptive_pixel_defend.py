@@ -1,8 +1,9 @@
-"""Adaptive PixelDefend: likely images are left alone."""
+"""Adaptive PixelDefend: images that are likely enough are not purified."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
@@ -15,24 +16,37 @@ from art_pixeldefend.levels import ClipValues, Images, as_tensor
 from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
 from art_pixeldefend.purifiers.base import Purifier
 from art_pixeldefend.purifiers.pixel_defend import PixelDefend
+from art_pixeldefend.purifiers.purified_model import PurifiedModel
+from art_pixeldefend.validation import check_labels
+
+CLEAN = "clean"  # the name of images without an attack
 
 
 class AdaptivePixelDefend(PixelDefend):
-    """PixelDefend with eps 0 for images of fewer bits per dimension than ``threshold`` (Song et al. 2018, section 4.2).
+    """PixelDefend for images of at least ``threshold`` bits per dimension; others are returned as they are.
 
-    The paper's sentence has the comparison the other way round; its thresholds and its reason, that likely images need
-    no purification, say this one.
+    Song et al. (ICLR 2018), section 4.2. (The paper's sentence has the comparison the other way round; its thresholds
+    and its reason, that likely images need no purification, agree with this one.)
+
+    An attacker who knows the threshold can keep images below it, where nothing is purified.
 
     | Paper link: https://arxiv.org/abs/1710.10766
 
     Args:
         clip_values, eps, pixel_cnn, batch_size, apply_fit, apply_predict, verbose, method, device_type: as in
             :class:`PixelDefend`.
-        threshold: in bits per dimension (the paper: 1.8 for Fashion-MNIST, 3.2 for CIFAR-10). It belongs to the density
+        threshold: bits per dimension (the paper: 1.8 for Fashion-MNIST, 3.2 for CIFAR-10). It belongs to a density
             model: choose it with :meth:`calibrate`.
 
     Raises:
         ValueError: naming the argument that is not as described.
+
+    Example:
+        >>> from art_pixeldefend import datasets
+        >>> x = datasets.load("digits").x_test[:6]
+        >>> purified, _ = AdaptivePixelDefend((0, 255), eps=32, pixel_cnn="digits", threshold=3.0)(x)
+        >>> (purified == x).all(axis=(1, 2, 3)).tolist()
+        [False, True, True, False, False, True]
     """
 
     params = [*PixelDefend.params, "threshold"]
@@ -58,51 +72,75 @@ class AdaptivePixelDefend(PixelDefend):
         )  # fmt: skip
 
     def purify_levels(self, levels: Tensor) -> Tensor:
-        """Purified levels of levels, both (N, C, H, W), uint8, on the model's device."""
-        unlikely = self.pixel_cnn.bits_per_dim(levels) >= self.threshold
+        """Purify levels (N, C, H, W), uint8, on the model's device; those of too few bits per dimension are kept."""
+        unlikely = ~(self.pixel_cnn.bits_per_dim(levels) < self.threshold)  # NaN is purified
         result = levels.clone()
         result[unlikely] = super().purify_levels(levels[unlikely])
         return result
 
     def calibrate(self, classifier: Any, attacked: Mapping[str, np.ndarray], y: np.ndarray) -> float:
-        """Choose ``threshold`` on validation data, set it and return it (Song et al. 2018, appendix B).
+        """Choose ``threshold`` on validation images, set it and return it (Song et al. 2018, appendix B).
 
-        The paper takes the least likelihood above which leaving images alone does not lower the accuracy under the
-        strongest attack. In bits per dimension that is the largest threshold that does not.
+        The paper takes the least likelihood above which returning images as they are does not lower the accuracy under
+        the strongest attack. In bits per dimension that is the largest threshold that does not.
+
+        This holds for later images only if they are exchangeable with the validation images, and if neither the density
+        model nor the classifier was trained on these: :meth:`art_pixeldefend.datasets.Dataset.reserve` gives such
+        images. It holds for the given attacks only: include one that keeps images likely, such as CW, or the threshold
+        may rise until hardly any image is purified.
 
         Args:
-            classifier: an ART classifier that purifies nothing itself: images left alone have to stay so.
+            classifier: an ART classifier without a purifier.
             attacked: validation images under each attack, by the attack's name, in the classifier's layout and range.
+                Images under the name "clean" are not taken for an attack: if more than half of them were not purified,
+                a warning says so.
             y: their labels, as class numbers (N,) or one-hot (N, classes).
 
         Returns:
-            The threshold, in bits per dimension; 0, which purifies every image, if any other one does harm.
+            The threshold, in bits per dimension; 0, which purifies every image, if any other lowers the accuracy.
 
         Raises:
-            ValueError: naming ``classifier``, if it has a purifier among its preprocessing defences; naming
-                ``attacked``, if there is no attack, or images and labels do not match.
+            ValueError: naming ``classifier``, if it purifies; ``attacked``, if it is not a dictionary with an attack
+                or has not one image for each label; ``y``, if it does not hold labels; or ``pixel_cnn``, if it gives
+                NaN.
         """
-        if any(isinstance(defence, Purifier) for defence in classifier.preprocessing_defences or ()):
-            raise ValueError("classifier must have no purifier among its preprocessing_defences, or none is left alone")
-        y = np.asarray(y)
-        if y.ndim == 2:
-            y = y[:, 0] if y.shape[1] == 1 else y.argmax(axis=1)
-        if not attacked or any(len(x) != len(y) or not len(y) for x in attacked.values()):
+        defences = getattr(classifier, "preprocessing_defences", None) or ()
+        if isinstance(getattr(classifier, "model", None), PurifiedModel) or any(
+            isinstance(defence, Purifier) for defence in defences
+        ):
+            raise ValueError("classifier must not purify images itself, or none is classified as it is")
+        if not isinstance(attacked, Mapping) or not set(attacked) - {CLEAN}:
+            raise ValueError(f"attacked must hold images by the name of at least one attack, got {type(attacked)}")
+        given = {name: _as_given(x) for name, x in attacked.items()}
+        labels = check_labels("y", y)
+        if not len(labels) or any(len(x) != len(labels) for x in given.values()):
             raise ValueError(
-                f"attacked must hold, for each attack, as many images as y has labels ({len(y)}), at least 1"
+                f"attacked must hold, for each attack, as many images as y has labels ({len(labels)}), at least 1"
             )
-        bits: list[np.ndarray] = []
-        alone: list[np.ndarray] = []
-        purified: list[np.ndarray] = []
-        for x in attacked.values():
-            images = Images(self.pixel_cnn.image_shape, self.clip_values)
-            like = as_tensor(x)
-            levels = images.to_levels(like).to(self.pixel_cnn.device)
-            bits.append(map_batches(self.pixel_cnn.bits_per_dim, levels, self.batch_size).cpu().numpy())
-            for into, some in ((alone, levels), (purified, super().purify_levels(levels))):
-                prediction = classifier.predict(images.from_levels(some, like=like).numpy().astype(x.dtype))
-                into.append(prediction.argmax(axis=1) == y)
-        self.threshold = largest_harmless_threshold(np.array(bits), np.array(alone), np.array(purified))
+        images = Images(self.pixel_cnn.image_shape, self.clip_values)
+        levels = {name: images.to_levels(x).to(self.pixel_cnn.device) for name, x in given.items()}
+        bits = {
+            name: map_batches(self.pixel_cnn.bits_per_dim, x, self.batch_size).cpu().numpy()
+            for name, x in levels.items()
+        }
+        if any(np.isnan(values).any() for values in bits.values()):
+            raise ValueError("pixel_cnn must give numbers of bits per dimension, got NaN")
+
+        def is_right(name: str, levels: Tensor) -> np.ndarray:
+            predicted = classifier.predict(images.from_levels(levels, like=given[name]).numpy())
+            return predicted.argmax(axis=1) == labels
+
+        names = [name for name in levels if name != CLEAN]
+        kept = [is_right(name, levels[name]) for name in names]
+        purified = [is_right(name, super(AdaptivePixelDefend, self).purify_levels(levels[name])) for name in names]
+        attacked_bits = np.array([bits[name] for name in names])
+        self.threshold = largest_harmless_threshold(attacked_bits, np.array(kept), np.array(purified))
+        if CLEAN in bits and (share := (bits[CLEAN] < self.threshold).mean()) > 0.5:
+            warnings.warn(
+                f"{share:.0%} of the clean images have fewer bits per dimension than the threshold "
+                f"{self.threshold:.3f} and are not purified; neither are attacked images as likely as those",
+                stacklevel=2,
+            )
         return self.threshold
 
     def _check_params(self) -> None:
@@ -115,27 +153,34 @@ class AdaptivePixelDefend(PixelDefend):
             raise ValueError("threshold must be a number of bits per dimension, at least 0")
 
 
-def largest_harmless_threshold(bits: np.ndarray, alone: np.ndarray, purified: np.ndarray) -> float:
-    """The largest threshold whose strongest attack leaves no fewer images right than purifying all of them does.
+def _as_given(x: Any) -> Tensor:
+    """Images as a tensor of their dtype; lists have none, and become float32."""
+    if isinstance(x, Tensor):
+        return x.detach().cpu()
+    return as_tensor(x) if isinstance(x, np.ndarray) else as_tensor(x).float()
+
+
+def largest_harmless_threshold(bits: np.ndarray, kept: np.ndarray, purified: np.ndarray) -> float:
+    """The largest threshold for which the accuracy under the strongest attack is at least that without a threshold.
 
     Args:
         bits: bits per dimension (attacks, N).
-        alone: whether each image is classified rightly as it is, (attacks, N).
-        purified: whether it is when purified, (attacks, N).
+        kept: whether each image is classified correctly as it is, (attacks, N).
+        purified: whether it is classified correctly when purified, (attacks, N).
 
     Returns:
         One of ``bits``, or 0.
     """
     candidates = np.unique(bits)
-    # An image is left alone where its bits are below the threshold: sort once, then every candidate is a prefix sum.
+    # Images with fewer bits than the threshold are kept: sort once, then each candidate's gain is a prefix sum.
     order = np.argsort(bits, axis=1)
-    gains = np.take_along_axis(alone.astype(int) - purified.astype(int), order, axis=1)
+    gains = np.take_along_axis(kept.astype(int) - purified.astype(int), order, axis=1)
     totals = np.concatenate([np.zeros((len(bits), 1), int), gains.cumsum(axis=1)], axis=1)
-    right = np.stack(
+    correct = np.stack(
         [
             purified[a].sum() + totals[a][np.searchsorted(bits[a][order[a]], candidates, side="left")]
             for a in range(len(bits))
         ]
     )
-    harmless = right.min(axis=0) >= purified.sum(axis=1).min()
+    harmless = correct.min(axis=0) >= purified.sum(axis=1).min()
     return float(candidates[harmless].max(initial=0.0))

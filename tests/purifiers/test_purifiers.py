@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from art_pixeldefend import AdaptivePixelDefend, PixelDefend, greedy_decode
+from art_pixeldefend import AdaptivePixelDefend, PixelDefend, PurifiedModel, greedy_decode
 from art_pixeldefend import levels as images
 from art_pixeldefend.purifiers.adaptive_pixel_defend import largest_harmless_threshold
 
@@ -467,6 +467,61 @@ def test_calibration_needs_as_many_labels_as_images(pixel_cnn, levels):
             defence.calibrate(classifier(), attacked, np.zeros(6, int))
 
 
+@pytest.mark.parametrize(
+    "as_given", [lambda x: x.tolist(), torch.from_numpy, lambda x: torch.tensor(x).requires_grad_()]
+)
+def test_calibration_takes_lists_and_tensors(as_given, pixel_cnn, levels):
+    bare, x = classifier(), in_range(levels, (0, 1))
+    y = bare.predict(x).argmax(axis=1)
+    expected = AdaptivePixelDefend(eps=16, pixel_cnn=pixel_cnn).calibrate(bare, {"none": x}, y)
+    threshold = AdaptivePixelDefend(eps=16, pixel_cnn=pixel_cnn).calibrate(bare, {"none": as_given(x)}, list(y))
+    assert expected > 0 and threshold == expected
+
+
+@pytest.mark.parametrize(
+    ("attacked", "y", "named"),
+    [
+        (lambda x: x, np.zeros(6, int), "attacked"),
+        (lambda x: [x], np.zeros(6, int), "attacked"),
+        (lambda x: {"clean": x}, np.zeros(6, int), "attacked"),
+        (lambda x: {"fgsm": x, "clean": x[:5]}, np.zeros(6, int), "attacked"),
+        (lambda x: {"fgsm": [[1, 2], [3]]}, np.zeros(6, int), "x"),
+        (lambda x: {"fgsm": x}, np.zeros(6), "y"),
+        (lambda x: {"fgsm": x}, None, "y"),
+    ],
+)
+def test_calibration_names_the_argument_that_is_wrong(attacked, y, named, pixel_cnn, levels):
+    defence = AdaptivePixelDefend(eps=16, pixel_cnn=pixel_cnn, threshold=1.0)
+    with pytest.raises(ValueError, match=rf"^{named} must"):
+        defence.calibrate(classifier(), attacked(in_range(levels, (0, 1))), y)
+    assert defence.threshold == 1.0
+
+
+def test_calibration_warns_if_most_clean_images_would_not_be_purified(pixel_cnn, levels):
+    bare, x = classifier(), in_range(levels, (0, 1))
+    y, bits = bare.predict(x).argmax(axis=1), pixel_cnn.bits_per_dim(levels).numpy()
+    noise = x + np.random.default_rng(0).uniform(-0.3, 0.3, x.shape).astype(np.float32)
+    attacked = {"noise": np.clip(noise, 0, 1)}  # less likely than any clean image
+    expected = AdaptivePixelDefend(eps=16, pixel_cnn=pixel_cnn).calibrate(bare, attacked, y)
+    assert expected > bits.max()
+    with pytest.warns(UserWarning, match="100% of the clean images"):
+        threshold = AdaptivePixelDefend(eps=16, pixel_cnn=pixel_cnn).calibrate(bare, attacked | {"clean": x}, y)
+    assert threshold == expected  # clean images are no attack
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        unlikely = {"clean": np.random.default_rng(1).random(x.shape, np.float32)}
+        AdaptivePixelDefend(eps=16, pixel_cnn=pixel_cnn).calibrate(bare, {"none": x} | unlikely, y)
+
+
+def test_images_without_a_number_of_bits_are_purified_and_calibrate_nothing(pixel_cnn, levels, monkeypatch):
+    defence, bare = AdaptivePixelDefend((0, 255), 16, pixel_cnn, threshold=1e9), classifier(None, None, (0, 255))
+    assert np.array_equal(defence(levels)[0], levels)
+    monkeypatch.setattr(type(pixel_cnn), "bits_per_dim", lambda self, x: torch.full((len(x),), torch.nan))
+    assert np.array_equal(defence(levels)[0], PixelDefend((0, 255), 16, pixel_cnn)(levels)[0])
+    with pytest.raises(ValueError, match=r"^pixel_cnn must give numbers"):
+        defence.calibrate(bare, {"none": levels}, np.zeros(6, int))
+
+
 def test_calibration_looks_at_images_in_the_range_of_the_defence(pixel_cnn, levels):
     bare, y = classifier(), classifier().predict(in_range(levels, (0, 1))).argmax(axis=1)
     wide = classifier(None, network(spread=255), (0, 255))
@@ -481,5 +536,7 @@ def test_calibration_refuses_a_classifier_that_purifies(pixel_cnn, levels):
     for own in (defence, PixelDefend(eps=16, pixel_cnn=pixel_cnn)):
         with pytest.raises(ValueError, match=r"^classifier must"):
             defence.calibrate(classifier([own]), {"none": x}, np.zeros(6, int))
+    with pytest.raises(ValueError, match=r"^classifier must"):
+        defence.calibrate(classifier(None, PurifiedModel(network(), defence)), {"none": x}, np.zeros(6, int))
     assert defence.threshold == 1.0
     defence.calibrate(classifier([Dim()]), {"none": x}, np.zeros(6, int))
