@@ -148,7 +148,7 @@ def best_level_in_logarithms(mixture: Components, low: Tensor, high: Tensor) -> 
     wide = Components(*(part.double().unsqueeze(1) for part in mixture))
     z = low.unsqueeze(1) + torch.arange(int((high - low).max()) + 1, device=low.device)
     # Neighbouring levels share an edge: one logistic function an edge.
-    edges = torch.cat([z[:, :1] - 0.5, z + 0.5], dim=1).unsqueeze(-1)
+    edges = torch.cat([z[:, :1], z + 1], dim=1).double().sub_(0.5).unsqueeze(-1)
     t = (edges - wide.means) * wide.inverse_scales
     below = F.logsigmoid(t)
     above = below - t

@@ -74,7 +74,8 @@ class Ancestral(Rule):
         self, count: int, image_shape: tuple[int, int, int], mixtures: int, generator: torch.Generator
     ) -> None:
         channels, height, width = image_shape
-        noise = torch.rand(count * height * width, channels, mixtures + 1, generator=generator, dtype=torch.float64)
+        size = (count * height * width, channels, mixtures + 1)
+        noise = torch.rand(size, generator=generator, dtype=torch.float64, device=generator.device)
         noise = noise.clamp(1e-12, 1 - 1e-12)
         self.gumbel, self.logistic = -torch.log(-torch.log(noise[..., 1:])), torch.logit(noise[..., 0])
 
