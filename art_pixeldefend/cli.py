@@ -1,47 +1,125 @@
-"""``art-pixeldefend``: the commands, thin."""
+"""The command line ``art-pixeldefend``."""
 
 from __future__ import annotations
 
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
-if TYPE_CHECKING:  # the commands import what they need when they run: --help answers at once
+if TYPE_CHECKING:  # the commands import what they need when they run, so that --help is fast
     import numpy as np
 
     from art_pixeldefend.image_files import ImageSet
     from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
-    from art_pixeldefend.processes import ProcessGroup
+
+
+class Commands(TyperGroup):
+    """The commands; errors that the user can correct are reported in one line, with exit code 2."""
+
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Run the command that the arguments name, and exit."""
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+        try:
+            code = super().main(*args, **kwargs | {"standalone_mode": False})
+        except typer.Abort:
+            code = 130
+        except Exception as error:
+            if not hasattr(error, "format_message"):  # of the errors of parsing, whose classes typer does not export
+                raise
+            context = getattr(error, "ctx", None)
+            hint = f" Try {context.command_path} -h" if context else ""
+            code = _report(error.format_message() + hint)
+        sys.exit(code)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; its errors name options as they are typed, where the package names Python arguments."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError, FloatingPointError) as error:
+            parameters: Any = self.commands[ctx.invoked_subcommand].params
+            typed = {p.name: p.opts[0] if p.opts[0].startswith("-") else p.metavar for p in parameters}
+            names = r"^\w+|\b\w+(?==True\b)|\b[a-z]+_[a-z_]+\b"
+            message = re.sub(names, lambda match: typed.get(match[0], match[0]), str(error))
+            raise typer.Exit(_report(message.replace("=True", ""))) from error
+
+
+def _report(message: str) -> int:
+    """Print an error in one line and return the exit code."""
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    return 2
+
 
 app = typer.Typer(
-    no_args_is_help=True,
+    cls=Commands,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
-@app.callback()
-def _several_commands() -> None:
-    """PixelDefend: detect and purify adversarial images with a PixelCNN++."""
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from art_pixeldefend import __version__
+
+        typer.echo(f"art-pixeldefend {__version__}")
+        raise typer.Exit
 
 
-Images = Annotated[Path, typer.Argument(help="a folder of images, a .npy or an .npz (uint8)")]
-ImagesOrData = Annotated[str, typer.Argument(help="a folder, .npy or .npz of images, or a data set's name")]
+@app.callback(invoke_without_command=True, epilog="Each command has examples: art-pixeldefend purify -h")
+def _options(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version and exit", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Detect and purify adversarial images with PixelDefend."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
 BUNDLED = "digits, fashion-mnist, fashion-mnist-40x5"
-Model = Annotated[str, typer.Option(help=f"{BUNDLED}, or a .safetensors file")]
-BatchSize = Annotated[int, typer.Option(help="most images in memory at a time")]
-Data = Annotated[str, typer.Argument(help="digits, fashion-mnist, cifar-10, a folder of images, or an .npz")]
-DataDir = Annotated[Path | None, typer.Option(help="where the official data files are", envvar="ART_PIXELDEFEND_DATA")]
+Images = Annotated[Path, typer.Argument(metavar="IMAGES", help="a folder of images, or a .npy or .npz file (uint8)")]
+ImagesOrData = Annotated[
+    str,
+    typer.Argument(
+        metavar="IMAGES",
+        help="a folder of images, a .npy or .npz file (uint8), or a data set (digits, fashion-mnist, cifar-10), "
+        "of which the test images are used",
+    ),
+]
+Model = Annotated[str, typer.Option(help=f"a bundled model ({BUNDLED}) or a .safetensors file")]
+BatchSize = Annotated[int, typer.Option(help="images per batch; bounds the memory")]
+Data = Annotated[
+    str, typer.Argument(metavar="DATA", help="digits, fashion-mnist, cifar-10, a folder of images, or an .npz file")
+]
+DataDir = Annotated[Path | None, typer.Option(help="folder of the official data files", envvar="ART_PIXELDEFEND_DATA")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace existing results")]
 Verbose = Annotated[bool, typer.Option("--verbose/--quiet", help="show progress bars")]
 
 
-@app.command()
+def _examples(*lines: str) -> str:
+    return "\n\n".join(["Examples:", *(f"art-pixeldefend {line}" for line in lines)])
+
+
+@app.command(
+    epilog=_examples(
+        "train digits --out run --filters 24 --resnets 2 --steps 2500",
+        "train photos/ --out run --device cuda",
+        "train photos/ --out run --device cuda --resume",
+    )
+)
 def train(
     data: Data,
     out: Annotated[Path, typer.Option(help="the run's folder: model.safetensors, metrics.jsonl, samples.png")],
@@ -89,78 +167,93 @@ def train(
         typer.echo(f"{model.provenance['test_bits_per_dim']:.4f} bits/dim on {len(images.x_test)} held-out images")
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "purify attacked/ purified/ --model fashion-mnist --eps 32",
+        "purify attacked.npy purified.npy --model model.safetensors",
+    )
+)
 def purify(
     images: Images,
-    out: Annotated[Path, typer.Argument(help="where to write them: a folder for a folder, an array for an array")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="a folder if IMAGES is one, else a .npy or .npz file")],
     model: Model,
-    eps: Annotated[int, typer.Option(help="how far a pixel may move, in levels 0..255")] = 16,
-    threshold: Annotated[float, typer.Option(help="bits/dim below which an image is left alone")] = 0.0,
+    eps: Annotated[int, typer.Option(help="largest change of a pixel, in levels 0..255")] = 16,
+    threshold: Annotated[float, typer.Option(help="bits/dim below which an image is left unchanged")] = 0.0,
     batch_size: BatchSize = 128,
+    device: Device = None,
+    overwrite: Overwrite = False,
     verbose: Verbose = True,
 ) -> None:
-    """Purify images: move every pixel, within eps, to its most likely value.
+    """Purify images with PixelDefend: replace each pixel by the most likely value within EPS of it.
+
+    A folder becomes a folder of PNG files of the same names, an array becomes an array of the same layout.
 
     Several processes share the images: torchrun --nproc-per-node 2 -m art_pixeldefend purify ...
     """
     from art_pixeldefend import AdaptivePixelDefend, PixelDefend
-    from art_pixeldefend.image_files import check_target, read_images, write_images
+    from art_pixeldefend.image_files import check_target, write_images
     from art_pixeldefend.processes import process_group
 
-    group = process_group()
-    clip_values, pixel_cnn = (0, 255), _model_of(group, model)
-    found = read_images(images, pixel_cnn.image_shape[:1])
-    check_target(out, found)
+    group, pixel_cnn = process_group(), _density_model(model, device)
+    found = _read(str(images), pixel_cnn, exclude=out)
+    check_target(out, found, overwrite=overwrite)
     options: dict = {"batch_size": batch_size, "verbose": verbose and group.rank == 0}
     if threshold:
-        defence = AdaptivePixelDefend(clip_values, eps, pixel_cnn, threshold=threshold, **options)
-    else:  # likelihoods need not be known
-        defence = PixelDefend(clip_values, eps, pixel_cnn, **options)
-    with _throughput(group, len(found.levels), verbose):
-        purified = _shared(group, found.levels, lambda some: defence(some)[0])
+        defence = AdaptivePixelDefend((0, 255), eps, pixel_cnn, threshold=threshold, **options)
+    else:  # without computing likelihoods
+        defence = PixelDefend((0, 255), eps, pixel_cnn, **options)
+    with _throughput(len(found.levels), verbose):
+        purified = group.map(lambda x: defence(x)[0], found.levels)
     if group.rank == 0:
-        write_images(out, purified, like=found)
+        write_images(out, purified, like=found, overwrite=overwrite)
         typer.echo(f"{len(purified)} images purified into {out}")
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "score fashion-mnist --model fashion-mnist",
+        "score photos/ --model model.safetensors --out scores.csv",
+    )
+)
 def score(
     images: ImagesOrData,
     model: Model,
-    out: Annotated[Path | None, typer.Option(help="write each image's figure to this CSV file", dir_okay=False)] = None,
+    out: Annotated[Path | None, typer.Option(help="CSV file for the bits/dim of each image", dir_okay=False)] = None,
     data_dir: DataDir = None,
     batch_size: BatchSize = 128,
+    device: Device = None,
+    overwrite: Overwrite = False,
     verbose: Verbose = True,
 ) -> None:
-    """Print the mean bits per dimension of images, or of a data set's test images.
+    """Print the mean bits per dimension of images under a density model.
 
     Several processes share the images: torchrun --nproc-per-node 2 -m art_pixeldefend score ...
     """
     from art_pixeldefend import PixelDefendDetector
-    from art_pixeldefend.files import check_file
+    from art_pixeldefend.files import check_file, write_csv
     from art_pixeldefend.processes import process_group
 
-    group = process_group()
     if out:
-        check_file(out)
-    pixel_cnn, shown = _model_of(group, model), verbose and group.rank == 0
-    found = _images_or_test_images(images, pixel_cnn, data_dir)
+        check_file(out, overwrite=overwrite)
+    group, pixel_cnn = process_group(), _density_model(model, device)
+    found = _read(images, pixel_cnn, data_dir)
     if not len(found.levels):
-        raise ValueError(f"{images!r} holds no images, which have no mean")
+        raise ValueError(f"IMAGES must hold at least one image, {images!r} holds none")
+    shown = verbose and group.rank == 0
     detector = PixelDefendDetector(pixel_cnn, (0, 255), batch_size=batch_size, verbose=shown)
-    with _throughput(group, len(found.levels), verbose):
-        bits = _shared(group, found.levels, detector.bits_per_dim)
+    with _throughput(len(found.levels), verbose):
+        bits = group.map(detector.bits_per_dim, found.levels)
     if group.rank == 0:
         if out:
-            _write_csv(out, {"image": found.names, "bits_per_dim": bits})
-        typer.echo(f"{bits.mean():.4f} bits/dim, mean of {len(bits)} images")
+            write_csv(out, {"image": found.names, "bits_per_dim": bits})
+        _summarise(f"{bits.mean():.4f} bits/dim, mean of {len(bits)} images", out)
 
 
-@app.command()
+@app.command(epilog=_examples("detect x.npy --model digits --calibration digits --out p.csv"))
 def detect(
     images: ImagesOrData,
     model: Model,
-    out: Annotated[Path, typer.Option(help="the CSV file: image, p_value, bits_per_dim, adversarial", dir_okay=False)],
+    out: Annotated[Path, typer.Option(help="CSV file: image, p_value, bits_per_dim, adversarial", dir_okay=False)],
     calibration: Annotated[
         str | None,
         typer.Option(help="clean images that the model was not trained on: a data set, a folder, .npy or .npz"),
@@ -176,6 +269,8 @@ def detect(
     alpha: Annotated[float, typer.Option(help="call an image adversarial up to this p-value")] = 0.05,
     data_dir: DataDir = None,
     batch_size: BatchSize = 128,
+    device: Device = None,
+    overwrite: Overwrite = False,
     verbose: Verbose = True,
 ) -> None:
     """Test whether images are adversarial: p-values and bits per dimension, as CSV.
@@ -184,17 +279,15 @@ def detect(
     --calibration takes those that it has not seen; of a folder or file of other images, all.
     """
     from art_pixeldefend import PixelDefendDetector, datasets
-    from art_pixeldefend.files import check_file
-    from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
-    from art_pixeldefend.models.zoo import as_model
+    from art_pixeldefend.files import check_file, write_csv
 
-    check_file(out)
+    check_file(out, overwrite=overwrite)
     if likelihoods and not likelihoods.exists():
         check_file(likelihoods)
-    pixel_cnn = as_model(model, PixelCNNpp, name="--model")
     if calibration and training:
         raise ValueError("--calibration and --training must not both be given")
-    found = _images_or_test_images(images, pixel_cnn, data_dir)
+    pixel_cnn = _density_model(model, device)
+    found = _read(images, pixel_cnn, data_dir)
     detector = PixelDefendDetector(pixel_cnn, (0, 255), alpha=alpha, batch_size=batch_size, verbose=verbose)
     if likelihoods and likelihoods.exists():
         detector.load(likelihoods)
@@ -216,84 +309,102 @@ def detect(
     report, adversarial = detector.detect(found.levels)
     names = found.names[: len(found.levels)]
     columns = {"image": names, "p_value": report["p_values"], "bits_per_dim": report["bits_per_dim"]}
-    _write_csv(out, columns | {"adversarial": adversarial.astype(int)})
+    write_csv(out, columns | {"adversarial": adversarial.astype(int)})
     assert detector.log_likelihoods is not None
-    typer.echo(
+    _summarise(
         f"{adversarial.sum()} of {len(adversarial)} images are adversarial at level {alpha:g}, compared with "
-        f"{len(detector.log_likelihoods)} {detector.reference} images; see {out}"
+        f"{len(detector.log_likelihoods)} {detector.reference} images; see {out}",
+        out,
     )
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "sample --model fashion-mnist --out samples.png",
+        "sample --model model.safetensors --out samples.npy --count 100",
+    )
+)
 def sample(
     model: Model,
-    out: Annotated[Path, typer.Option(help="a PNG sheet, or an array (.npy, .npz)", dir_okay=False)],
-    count: Annotated[int, typer.Option(help="how many images", min=1)] = 16,
-    seed: Annotated[int, typer.Option(help="of the noise")] = 0,
+    out: Annotated[Path, typer.Option(help="a PNG file with all images, or an array (.npy, .npz)", dir_okay=False)],
+    count: Annotated[int, typer.Option(help="number of images", min=1)] = 16,
+    seed: Annotated[int, typer.Option(help="seed of the noise")] = 0,
+    device: Device = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Draw images from a density model."""
     from art_pixeldefend.files import check_file
     from art_pixeldefend.image_files import ImageSet, write_images
-    from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
-    from art_pixeldefend.models.zoo import as_model
     from art_pixeldefend.pictures import write_sheet
 
     if out.suffix not in (".png", ".npy", ".npz"):
         raise ValueError(f"--out must end in .png, .npy or .npz, got {str(out)!r}")
-    check_file(out)
-    pixel_cnn = as_model(model, PixelCNNpp, name="--model")
+    check_file(out, overwrite=overwrite)
+    pixel_cnn = _density_model(model, device)
     if out.suffix == ".png" and pixel_cnn.image_shape[0] not in (1, 3):
         raise ValueError(f"--out must end in .npy or .npz for images of {pixel_cnn.image_shape[0]} channels")
     levels = pixel_cnn.sample(count, seed=seed).cpu().numpy()
     if out.suffix == ".png":
         write_sheet(out, levels)
     else:
-        write_images(out, levels, like=ImageSet(levels, (), "NCHW"))
+        write_images(out, levels, like=ImageSet(levels, (), "NCHW"), overwrite=overwrite)
     typer.echo(f"{count} samples in {out}")
 
 
-@app.command()
+@app.command(epilog=_examples("demo", "demo --out demo-1 --seed 1"))
 def demo(
-    out: Annotated[Path, typer.Option(help="folder of report.md, results.json and the pictures")] = Path("demo"),
-    seed: Annotated[int, typer.Option(help="of everything random")] = 0,
+    out: Annotated[Path, typer.Option(help="folder for report.md, results.json and figures")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="seed of the classifier and the attacks")] = 0,
+    overwrite: Overwrite = False,
     verbose: Verbose = True,
 ) -> None:
     """Attack a small classifier of digits, then purify and detect: three minutes on two cores, no download."""
     import torch
 
     from art_pixeldefend.evaluation.demo import run
+    from art_pixeldefend.files import check_folder
 
-    torch.set_num_threads(1)  # images this small: threads cost more than they bring, minutes where cores are busy
+    check_folder(out, overwrite=overwrite)
+    torch.set_num_threads(1)  # more threads are slower for images this small
     typer.echo(run(out, seed=seed, verbose=verbose))
-    typer.echo(f"report and pictures: {out}")
+    typer.echo(f"report and figures: {out}")
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "grid digits --out table",
+        "grid fashion-mnist --out table --limit 1000 --dry-run",
+    )
+)
 def grid(
-    name: Annotated[str, typer.Argument(help="fashion-mnist, cifar-10 or digits")],
-    out: Annotated[Path, typer.Option(help="folder of the table and all behind it; what is in it is not done again")],
+    name: Annotated[str, typer.Argument(metavar="GRID", help="fashion-mnist, cifar-10 or digits")],
+    out: Annotated[Path, typer.Option(help="folder for the table and its results; finished cells are reused")],
     model: Annotated[str | None, typer.Option(help="density model: a bundled name or a .safetensors file")] = None,
     rows: Annotated[
-        str | None, typer.Option(help="only rows with one of these comma-separated words; !WORD: without it")
+        str | None, typer.Option(help="only rows with one of these comma-separated words; !WORD: rows without it")
     ] = None,
     attacks: Annotated[str | None, typer.Option(help="only these comma-separated attacks")] = None,
-    limit: Annotated[int | None, typer.Option(help="at most so many test images")] = None,
-    starts: Annotated[int, typer.Option(help="L-BFGS-B's for each image of Figure 5 (the paper: 100); 0: none")] = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would be done, and how long it takes")] = False,
+    limit: Annotated[int | None, typer.Option(help="number of test images")] = None,
+    starts: Annotated[
+        int, typer.Option(help="random restarts of L-BFGS-B per image in Figure 5 (paper: 100; 0 skips the figure)")
+    ] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list the cells to compute and estimate the time")] = False,
     data_dir: DataDir = None,
     verbose: Verbose = True,
 ) -> None:
-    """Regenerate the paper's table of a data set: attacks, defences, classifiers. Stopped, it goes on where it was."""
+    """Regenerate the paper's table of a data set: classifiers, attacks and defences.
+
+    An interrupted run continues where it stopped. Several processes share the cells:
+    torchrun --nproc-per-node 2 -m art_pixeldefend grid ...
+    """
     import torch
 
     from art_pixeldefend.evaluation.runner import run
-    from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
-    from art_pixeldefend.models.zoo import as_model
 
     if model:
-        as_model(model, PixelCNNpp, name="--model")  # now, and not in the cells after hours of training
+        _density_model(model)  # report errors now, not after hours of training
     if name == "digits":
-        torch.set_num_threads(1)  # as in the demo
+        torch.set_num_threads(1)  # as for the demo
     typer.echo(
         run(
             name, out, data_dir=data_dir, pixel_cnn=model, rows=rows, attacks=attacks, limit=limit,
@@ -302,45 +413,29 @@ def grid(
     )  # fmt: skip
 
 
-def _model_of(group: ProcessGroup, model: str) -> PixelCNNpp:
-    """The density model, on the process's own GPU where there are GPUs."""
+def _density_model(model: str, device: str | None = None) -> PixelCNNpp:
     from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
     from art_pixeldefend.models.zoo import as_model
+    from art_pixeldefend.processes import process_group
+    from art_pixeldefend.validation import check_device
 
-    return as_model(model, PixelCNNpp, group.device, name="--model")
-
-
-def _shared(group: ProcessGroup, x: np.ndarray, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """``function`` of images ``x`` (N, ...), of which each process computes its share; all of it, in every process."""
-    import numpy as np
-
-    mine = np.array(group.shard(range(len(x))), dtype=int)
-    parts = group.gather(function(x[mine]))
-    result = np.empty((len(x), *parts[0].shape[1:]), parts[0].dtype)
-    for rank, part in enumerate(parts):
-        result[rank :: group.world_size] = part
-    return result
+    return as_model(model, PixelCNNpp, check_device("device", device or process_group().device), name="--model")
 
 
-@contextmanager
-def _throughput(group: ProcessGroup, count: int, verbose: bool) -> Iterator[None]:
-    """Say, beside the progress bar, how many images a second were done by all processes together."""
-    began = time.perf_counter()
-    yield
-    if verbose and group.rank == 0:
-        rate = count / (time.perf_counter() - began)
-        typer.echo(f"{rate:.1f} images/s, {group.world_size} process{'es' * (group.world_size > 1)}", err=True)
-
-
-def _images_or_test_images(source: str, pixel_cnn: PixelCNNpp, data_dir: Path | None) -> ImageSet:
-    """A data set's test images; else those in the folder or file, an array of as many channels as the model has."""
+def _read(source: str, model: PixelCNNpp, data_dir: Path | None = None, exclude: Path | None = None) -> ImageSet:
+    """The test images of a data set, or the images at a path, checked to be of the model's shape."""
     from art_pixeldefend import datasets
     from art_pixeldefend.image_files import ImageSet, read_images
 
-    if source not in datasets.NAMED:
-        return read_images(source, pixel_cnn.image_shape[:1])
-    levels = datasets.load(source, data_dir).x_test
-    return ImageSet(levels, [str(i) for i in range(len(levels))], "NCHW")
+    if source in datasets.NAMED:
+        levels = datasets.load(source, data_dir).x_test
+        found = ImageSet(levels, [str(i) for i in range(len(levels))], "NCHW")
+    else:
+        found = read_images(source, model.image_shape[:1], exclude=exclude)
+    if found.levels.shape[1:] != model.image_shape:
+        shape, expected = (" x ".join(map(str, shape)) for shape in (found.levels.shape[1:], model.image_shape))
+        raise ValueError(f"IMAGES must be {expected} (C x H x W) for this --model, those in {source!r} are {shape}")
+    return found
 
 
 def _calibration_images(source: str, pixel_cnn: PixelCNNpp, data_dir: Path | None) -> np.ndarray:
@@ -355,24 +450,25 @@ def _calibration_images(source: str, pixel_cnn: PixelCNNpp, data_dir: Path | Non
     return read_images(source, pixel_cnn.image_shape[:1]).levels
 
 
-def _write_csv(path: Path, columns: dict) -> None:
-    """Columns of one length, floats with all the digits that tell them apart."""
-    import csv
-    import io
+@contextmanager
+def _throughput(count: int, verbose: bool) -> Iterator[None]:
+    """Print, after the progress bar, the number of images per second of all processes together."""
+    from art_pixeldefend.processes import process_group
 
-    from art_pixeldefend.files import write_atomically
+    group, began = process_group(), time.perf_counter()
+    yield
+    if verbose and group.rank == 0:
+        rate, processes = count / (time.perf_counter() - began), group.world_size
+        typer.echo(f"{rate:.1f} images/s, {processes} process{'es' * (processes > 1)}", err=True)
 
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(zip(*columns.values(), strict=True))
-    write_atomically(path, buffer.getvalue())
+
+def _summarise(text: str, out: Path | None) -> None:
+    """Print a result; not among the lines of a table that is written to the standard output."""
+    from art_pixeldefend.files import is_standard_output
+
+    typer.echo(text, err=out is not None and is_standard_output(out))
 
 
 def main() -> None:
-    """Run the command line; errors that the user can mend are one line and exit code 2."""
-    try:
-        app()
-    except (ValueError, OSError, FloatingPointError) as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+    """Run the command line."""
+    app()

@@ -1,41 +1,43 @@
-"""Users' own images: a folder of image files, or a ``.npy`` or ``.npz`` array, read and written back in that form."""
+"""Read and write sets of images: a folder of image files, or a ``.npy`` or ``.npz`` array."""
 
 from __future__ import annotations
 
 import io
+import os
 import re
-import secrets
-import shutil
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 
-from art_pixeldefend.files import check_file, check_folder, write_atomically
+from art_pixeldefend.files import check_file, check_folder, replacing, write_atomically
 from art_pixeldefend.pictures import as_picture
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+WRITTEN_AS = ".png"  # lossless
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images and where they came from.
+    """Images and the form in which they were read.
 
     Args:
         levels: (N, C, H, W), uint8.
-        names: a name for each: its path within the folder, or its number in the array.
+        names: one for each image: its path within the folder, or its index in the array.
         layout: axes of the source, ``"NHW"``, ``"NHWC"``, ``"NCHW"``, or ``"folder"``.
+        source: the folder or file they were read from, if any.
     """
 
     levels: np.ndarray
     names: Sequence[str]
     layout: str
+    source: Path | None = None
 
 
 def layout_of(name: str, images: np.ndarray, channels: Sequence[int] = (1, 3)) -> str:
@@ -46,11 +48,11 @@ def layout_of(name: str, images: np.ndarray, channels: Sequence[int] = (1, 3)) -
     """
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise ValueError(f"{name} must be uint8 images (N, H, W[, C]), got {images.dtype} of shape {images.shape}")
-    if images.ndim == 3:
+    if images.ndim == 3 and 1 in channels:
         return "NHW"
-    if images.shape[1] in channels:
+    if images.ndim == 4 and images.shape[1] in channels:
         return "NCHW"
-    if images.shape[3] in channels:
+    if images.ndim == 4 and images.shape[3] in channels:
         return "NHWC"
     expected = " or ".join(map(str, channels))
     raise ValueError(f"{name} must have a number of channels that is {expected}, got shape {images.shape}")
@@ -69,10 +71,10 @@ def as_nchw(name: str, images: np.ndarray, channels: Sequence[int] = (1, 3)) -> 
 
 
 def read_arrays(path: str | PathLike[str]) -> dict[str, np.ndarray]:
-    """The arrays of an ``.npz``, or the one of a ``.npy`` as ``x``. Nothing is unpickled.
+    """The arrays of an ``.npz`` file, or the array of a ``.npy`` file under the name ``x``. Nothing is unpickled.
 
     Raises:
-        ValueError: naming the file, if it is cut short or holds anything but plain arrays.
+        ValueError: naming the file, if it is truncated or holds anything but plain arrays.
     """
     try:
         loaded = np.load(path, allow_pickle=False)
@@ -83,64 +85,94 @@ def read_arrays(path: str | PathLike[str]) -> dict[str, np.ndarray]:
     except (
         ValueError, OSError, EOFError, RuntimeError, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
     ) as error:  # fmt: skip
-        raise ValueError(f"{str(path)!r} is cut short, or holds more than plain arrays: {error}") from error
+        raise ValueError(f"{str(path)!r} is truncated, or holds more than plain arrays: {error}") from error
     except (MemoryError, OverflowError) as error:
-        raise ValueError(f"{str(path)!r} says that it holds more than fits into memory: {error}") from error
+        raise ValueError(f"{str(path)!r} declares arrays that do not fit into memory: {error}") from error
     for name, array in arrays.items():
         if not isinstance(array, np.ndarray):
-            raise ValueError(f"{str(path)!r} holds more than plain arrays: {name!r} is none")
+            raise ValueError(f"{str(path)!r} holds {name!r}, which is not a plain array")
     return arrays
 
 
-def read_images(path: str | PathLike[str], channels: Sequence[int] = (1, 3)) -> ImageSet:
-    """All images of a folder and its subfolders, or of a ``.npy`` or ``.npz`` file (its array ``x``, or its only one).
+def read_images(
+    path: str | PathLike[str], channels: Sequence[int] = (1, 3), *, exclude: str | PathLike[str] | None = None
+) -> ImageSet:
+    """Read the images of a folder and its subfolders, or the array of a ``.npy`` or ``.npz`` file.
+
+    An ``.npz`` file must hold an array ``x`` or a single array. In a folder, files with an image suffix are read, in
+    the order of their names. Symbolic links are followed; hidden files and folders, and the run folders of ``train``,
+    are skipped. Orientations in EXIF data are applied. Images are RGB unless all of them are grey or ``channels``
+    decides.
 
     Args:
         path: the folder or the file.
-        channels: how many an array may have; image files are grey or RGB.
+        channels: the numbers of channels to accept. If only 1 is, RGB files whose channels are equal are read as grey;
+            if only 3 is, grey files are read as RGB.
+        exclude: a folder inside ``path`` that is not read, because results will be written there.
 
     Raises:
-        ValueError: naming the file: missing, unreadable, of another size than the others, or no images.
+        ValueError: naming the file: missing, unreadable, of another size than the others, with transparent pixels, in
+            colour where grey is expected, or not images.
     """
     path = Path(path)
     if path.is_dir():
-        return _read_folder(path)
+        return _read_folder(path, channels, exclude)
     if path.suffix not in (".npy", ".npz") or not path.is_file():
         raise ValueError(f"expected a folder of images, or a .npy or .npz file, got {str(path)!r}")
     arrays = read_arrays(path)
     if "x" not in arrays and len(arrays) != 1:
-        raise ValueError(f"{str(path)!r} must hold an array x, or a single one, got {sorted(arrays) or 'none'}")
+        raise ValueError(f"{str(path)!r} must hold an array x, or a single array, got {sorted(arrays) or 'none'}")
     images = arrays["x"] if "x" in arrays else next(iter(arrays.values()))
     layout, levels = layout_of(str(path), images, channels), as_nchw(str(path), images, channels)
-    return ImageSet(levels, [str(i) for i in range(len(levels))], layout)
+    return ImageSet(levels, [str(i) for i in range(len(levels))], layout, path)
 
 
-def check_target(path: str | PathLike[str], like: ImageSet) -> None:
-    """Whether :func:`write_images` would take ``path``: to be asked before long work.
+def check_target(path: str | PathLike[str], like: ImageSet, *, overwrite: bool = False) -> None:
+    """Check that :func:`write_images` can write to ``path``; meant for before a long computation.
 
     Raises:
-        ValueError: naming ``path``: of a folder, if something other than an empty folder is there; of an array, if a
-            folder is, or the suffix is not ``.npy`` or ``.npz``; of either, if nothing can be written there.
+        ValueError: naming ``path``, if it exists and may not be overwritten, holds the images that were read, cannot be
+            written, or has another suffix than ``.npy`` or ``.npz`` where an array is to be written; or naming two
+            images that would be written to the same file.
     """
-    if like.layout == "folder":
-        check_folder(path)
+    path = Path(path)
+    if like.layout != "folder":
+        if path.suffix not in (".npy", ".npz"):
+            raise ValueError(f"arrays are written to .npy or .npz files, got {str(path)!r}")
+        check_file(path, overwrite=overwrite)
         return
-    if Path(path).suffix not in (".npy", ".npz"):
-        raise ValueError(f"arrays are written to .npy or .npz files, got {str(path)!r}")
-    check_file(path)
+    if like.source and like.source.resolve().is_relative_to(path.resolve()):
+        raise ValueError(f"{str(path)!r} holds the images that are read; choose another folder")
+    check_folder(path, overwrite=overwrite, suffix=WRITTEN_AS)
+    written: dict[Path, str] = {}
+    for name in like.names:
+        other = written.setdefault(Path(name).with_suffix(WRITTEN_AS), name)
+        if other != name:
+            raise ValueError(f"{other!r} and {name!r} differ by their suffix only: both would be written as PNG")
 
 
-def write_images(path: str | PathLike[str], levels: np.ndarray, like: ImageSet) -> None:
-    """Write levels (N, C, H, W) in the form of the set they were made from: PNG files of the same names, or an array.
+def write_images(path: str | PathLike[str], levels: np.ndarray, like: ImageSet, *, overwrite: bool = False) -> None:
+    """Write images in the form of the set they were made from: a folder of PNG files of the same names, or an array.
+
+    Args:
+        path: the folder or file to write.
+        levels: (N, C, H, W), uint8.
+        like: the set whose names and layout are used.
+        overwrite: replace a file, or a folder of nothing but PNG files, at ``path``.
 
     Raises:
-        ValueError: as :func:`check_target` does.
+        ValueError: as :func:`check_target`.
         OSError: if it cannot be written; nothing partial is left.
     """
     path = Path(path)
-    check_target(path, like)
+    check_target(path, like, overwrite=overwrite)
     if like.layout == "folder":
-        _write_folder(path, levels, like.names)
+        with replacing(path) as partial:
+            partial.mkdir()
+            for image, name in zip(levels, like.names, strict=True):
+                target = (partial / name).with_suffix(WRITTEN_AS)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(as_picture(image)).save(target)
         return
     arrays = {"NHW": levels[:, 0], "NHWC": np.moveaxis(levels, 1, -1), "NCHW": levels}
     buffer = io.BytesIO()
@@ -151,58 +183,86 @@ def write_images(path: str | PathLike[str], levels: np.ndarray, like: ImageSet) 
     write_atomically(path, buffer.getvalue())
 
 
-def _read_folder(folder: Path) -> ImageSet:
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+def _read_folder(folder: Path, channels: Sequence[int], exclude: str | PathLike[str] | None) -> ImageSet:
+    paths = list(_image_files(folder, frozenset() if exclude is None else frozenset({Path(exclude).resolve()})))
     if not paths:
         raise ValueError(f"{str(folder)!r} holds no images ({', '.join(SUFFIXES)})")
-    named = {path.with_suffix(""): path for path in reversed(paths)}
-    for path in paths:
-        if (other := named[path.with_suffix("")]) != path:
-            raise ValueError(f"{str(other)!r} and {str(path)!r} differ by their suffix only: one name an image")
+    if not {1, 3} & set(channels):
+        expected = " or ".join(map(str, channels))
+        raise ValueError(f"{str(folder)!r} holds grey or RGB images, where {expected} channels are expected")
     images = [_read_file(path) for path in paths]
     for path, image in zip(paths, images, strict=True):
         if image.size != images[0].size:
-            raise ValueError(f"{str(path)!r} is {image.size}, but {str(paths[0])!r} is {images[0].size}: one size only")
-    mode = "L" if all(image.mode == "L" for image in images) else "RGB"
-    levels = as_nchw(str(folder), np.stack([np.asarray(image.convert(mode)) for image in images]))
-    return ImageSet(levels, [str(path.relative_to(folder)) for path in paths], "folder")
+            found, first = (f"{height} x {width}" for width, height in (image.size, images[0].size))
+            raise ValueError(
+                f"{str(path)!r} has {found} pixels, but {str(paths[0])!r} has {first}: all images must be of one size"
+            )
+    grey = 3 not in channels or (1 in channels and all(image.mode == "L" for image in images))
+    arrays = [
+        _as_grey(path, image) if grey else np.moveaxis(np.asarray(image.convert("RGB")), -1, 0)
+        for path, image in zip(paths, images, strict=True)
+    ]
+    return ImageSet(np.stack(arrays), [str(path.relative_to(folder)) for path in paths], "folder", folder)
+
+
+def _image_files(folder: Path, excluded: frozenset[Path]) -> Iterator[Path]:
+    """The image files of a folder and its subfolders, in order, without those in the real paths ``excluded``."""
+    excluded = excluded | {folder.resolve()}  # a symbolic link to a folder above is not followed
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            path = folder / entry.name
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                if not _is_run(path) and path.resolve() not in excluded:
+                    yield from _image_files(path, excluded)
+            elif path.suffix.lower() in SUFFIXES:
+                yield path
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether ``train`` wrote this folder, whose pictures are samples of a model."""
+    weights = ("checkpoint.safetensors", "model.safetensors")
+    return (folder / "metrics.jsonl").is_file() and any((folder / name).is_file() for name in weights)
 
 
 def _read_file(path: Path) -> Image.Image:
-    """As grey if the file is, as RGB otherwise."""
+    """The image in a file, upright, as grey (mode L) if the file is grey and as RGB otherwise."""
     try:
+        if not path.is_file():  # opening a pipe would wait for a writer
+            raise ValueError("not a file")
         with Image.open(path) as image:
-            # A photograph in JPEG may bring previews of itself along (MPO).
+            # MPO: a JPEG photograph together with previews of itself.
             if (frames := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
-                raise ValueError(f"{frames} frames, where one image a file is expected")
+                raise ValueError(f"{frames} frames, where one image per file is expected")
             if _is_deep(image):
-                raise ValueError("more than 8 bits a channel, convert it first")
-            return image.convert("L" if image.mode in ("1", "L") else "RGB")
-    except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:  # Pillow raises all
+                raise ValueError("more than 8 bits per channel; convert it first")
+            grey = image.mode in ("1", "L", "LA")
+            upright: Image.Image = ImageOps.exif_transpose(image)
+            if upright.has_transparency_data:
+                upright = upright.convert("RGBA")
+                if upright.getchannel("A").getextrema()[0] != 255:
+                    raise ValueError("it has transparent pixels; put it on an opaque background first")
+            return upright.convert("L" if grey else "RGB")
+    except Exception as error:  # for damaged files Pillow raises errors of many kinds
         raise ValueError(f"{str(path)!r} cannot be read as an image: {error}") from error
 
 
 def _is_deep(image: ImageFile.ImageFile) -> bool:
-    """Whether an image that is not yet loaded has more than 8 bits a channel; Pillow cuts some of them in silence.
+    """Whether an image that is not loaded yet has more than 8 bits per channel, some of which Pillow would drop.
 
-    A raw mode says so, as ``RGB;16B`` does; that of a bitmap with 16 bits a pixel is ``BGR;16``.
+    A raw mode such as ``RGB;16B`` says so; that of a bitmap with 16 bits per pixel is ``BGR;16``.
     """
     if image.mode.startswith(("I", "F")):
         return True
     return any(re.search(r"\b(?!BGR;)\w+;16", str(tile[3])) for tile in image.tile)
 
 
-def _write_folder(path: Path, levels: np.ndarray, names: Sequence[str]) -> None:
-    path = path.resolve()  # a link stays one
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
-    try:
-        partial.mkdir()
-        for image, name in zip(levels, names, strict=True):
-            target = (partial / name).with_suffix(".png")  # lossless, whatever the source was
-            target.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(as_picture(image)).save(target)
-        partial.replace(path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+def _as_grey(path: Path, image: Image.Image) -> np.ndarray:
+    """Levels (1, H, W) of a grey image, or of an RGB one whose channels are equal."""
+    levels = np.asarray(image)
+    if levels.ndim == 2:
+        return levels[None]
+    if (levels != levels[..., :1]).any():
+        raise ValueError(f"{str(path)!r} is in colour, where grey images are expected")
+    return levels[None, ..., 0]

@@ -13,23 +13,28 @@ from art_pixeldefend.files import write_atomically
 
 
 def as_picture(image: np.ndarray) -> np.ndarray:
-    """Levels (C, H, W), C 1 or 3, as what Pillow and matplotlib draw: (H, W) or (H, W, 3), uint8."""
+    """Levels (C, H, W), C 1 or 3, in the layout that Pillow and matplotlib expect: (H, W) or (H, W, 3)."""
     return image[0] if len(image) == 1 else np.moveaxis(image, 0, -1)
 
 
 def tiled(images: np.ndarray, columns: int) -> np.ndarray:
-    """Levels (N, C, H, W) side by side in one image (C, H', W'), a white line between them."""
-    count, channels, tall, wide = images.shape
+    """Levels (N, C, H, W) arranged in rows in one image (C, H', W'), separated by white lines of one pixel."""
+    count, channels, height, width = images.shape
     rows = max(1, math.ceil(count / columns))
-    sheet = np.full((channels, rows * (tall + 1) - 1, columns * (wide + 1) - 1), 255, np.uint8)
+    sheet = np.full((channels, rows * (height + 1) - 1, columns * (width + 1) - 1), 255, np.uint8)
     for i, image in enumerate(images):
-        top, left = i // columns * (tall + 1), i % columns * (wide + 1)
-        sheet[:, top : top + tall, left : left + wide] = image
+        top, left = i // columns * (height + 1), i % columns * (width + 1)
+        sheet[:, top : top + height, left : left + width] = image
     return sheet
 
 
 def write_sheet(path: str | PathLike[str], images: np.ndarray, width: int = 400) -> None:
-    """Write levels (N, C, H, W), C 1 or 3, as a roughly square sheet, enlarged to about ``width`` points.
+    """Write images as a PNG file, arranged in a rough square that is enlarged to about ``width`` pixels.
+
+    Args:
+        path: the file.
+        images: levels (N, C, H, W), C 1 or 3, uint8.
+        width: of the sheet, in pixels.
 
     Raises:
         OSError: if the file cannot be written.

@@ -14,10 +14,11 @@ from __future__ import annotations
 import atexit
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -65,6 +66,22 @@ class ProcessGroup:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def map(self, function: Callable[[np.ndarray], np.ndarray], x: np.ndarray) -> np.ndarray:
+        """``function`` of ``x`` (N, ...), row by row, of which each process computes its shard. Every process gets all.
+
+        Args:
+            function: maps an array (M, ...), M possibly 0, to an array of M rows.
+            x: the same array in every process.
+
+        Raises:
+            RuntimeError: if a process ended without calling it.
+        """
+        parts = self.gather(function(x[self.rank :: self.world_size]))
+        result = np.empty((len(x), *parts[0].shape[1:]), parts[0].dtype)
+        for rank, part in enumerate(parts):
+            result[rank :: self.world_size] = part
+        return result
 
     def wait(self) -> None:
         """Return once every process has called this, without a time limit.

@@ -1,4 +1,4 @@
-"""Checks at the door: each names the argument and says what was expected."""
+"""Argument checks; their errors name the argument and what was expected."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LEVELS = 256
 
 
 def check_count(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
-    """``value`` as an int, at least ``least`` and at most ``most``.
+    """``value`` as an int of at least ``least`` and at most ``most``.
 
     Raises:
         ValueError: naming the argument ``name``.
@@ -58,7 +58,7 @@ def check_probability(name: str, value: Any) -> float:
 
 
 def check_eps(name: str, value: Any) -> int:
-    """A radius in levels: an integer (or a float without a fraction) in 0..255.
+    """``value`` as a radius in levels: an integer, or a float without a fraction, in 0..255.
 
     Raises:
         ValueError: naming the argument ``name``.
@@ -73,7 +73,7 @@ def check_eps(name: str, value: Any) -> int:
 
 
 def check_image_shape(value: Any) -> tuple[int, int, int]:
-    """(C, H, W), three positive integers.
+    """``value`` as an image shape (C, H, W): three positive integers.
 
     Raises:
         ValueError: naming ``image_shape``.
@@ -88,7 +88,7 @@ def check_image_shape(value: Any) -> tuple[int, int, int]:
 
 
 def check_device(name: str, value: Any) -> torch.device:
-    """A device that this machine has.
+    """``value`` as a device of this machine.
 
     Raises:
         ValueError: naming the argument ``name``.
@@ -96,19 +96,20 @@ def check_device(name: str, value: Any) -> torch.device:
     try:
         device = torch.device(value)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:  # each backend has its own
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:  # the kind depends on the backend
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"{name} must be a device that is there, as cpu, cuda or cuda:1, got {value!r}: {reason}"
+            f"{name} must be an available device, such as cpu, cuda or cuda:1, got {value!r}: {reason}"
         ) from None
     return device
 
 
 def check_levels(name: str, x: Any, image_shape: tuple[int, int, int]) -> Tensor:
-    """A batch of 8-bit levels as a uint8 tensor (N, C, H, W) of the given image shape, on the device it came on.
+    """``x`` as a uint8 tensor (N, C, H, W) of 8-bit levels, on the device that it is on.
 
     Raises:
-        ValueError: naming the argument ``name``, for a wrong shape, or values that are not integers in 0..255.
+        ValueError: naming the argument ``name``, for images of another shape than ``image_shape``, or for values that
+            are not integers in 0..255.
     """
     try:
         x = x if isinstance(x, Tensor) else _as_tensor(x)
@@ -121,7 +122,7 @@ def check_levels(name: str, x: Any, image_shape: tuple[int, int, int]) -> Tensor
         return x
     if x.dtype == torch.bool or x.is_complex():
         raise ValueError(f"{name} must hold integer levels in 0..255, got dtype {x.dtype}")
-    if x.dtype in (torch.uint16, torch.uint32, torch.uint64):  # torch cannot compare these
+    if x.dtype in (torch.uint16, torch.uint32, torch.uint64):  # torch cannot compare them
         x = x.to(torch.int64)
     if x.is_floating_point() and not bool((x == x.round()).all()):  # also false for NaN
         raise ValueError(f"{name} must hold integer levels in 0..255, got fractions or NaN")
@@ -157,11 +158,11 @@ def _is_one_hot(labels: np.ndarray) -> bool:
 
 
 def _as_float(value: Any) -> float:
-    """NaN for what is no real number."""
+    """``value`` as a float, NaN if it is not a real number."""
     return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
 
 
 def _as_tensor(x: Any) -> Tensor:
-    """An array of any byte order and strides; one that may not be written to is copied, or torch warns."""
+    """An array of any byte order and strides as a tensor; read-only arrays are copied, torch warns about them."""
     x = np.asarray(x)
     return torch.from_numpy(np.require(x, x.dtype.newbyteorder("="), requirements=("C", "W")))

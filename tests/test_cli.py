@@ -1,20 +1,40 @@
 import csv
 import os
+import re
+import shlex
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
+import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-import art_pixeldefend.detectors  # noqa: F401  (binds as_model before a test replaces it)
-from art_pixeldefend import PixelDefendDetector, cli, datasets
+import art_pixeldefend.detectors  # binds as_model before a test replaces it
+from art_pixeldefend import PixelDefendDetector, cli, datasets, greedy_decode
 from art_pixeldefend.models.zoo import names
 
 
 def run(*arguments):
+    """The result of a command in this process."""
     return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+def succeeds(*arguments):
+    """The standard output of a command that must succeed."""
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def fails(*arguments):
+    """The error of a command that must fail with one line and exit code 2."""
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and not result.stdout
+    return result.stderr
 
 
 @pytest.fixture
@@ -24,17 +44,47 @@ def images(tmp_path, digits):
     return path
 
 
-def test_every_command_explains_itself():
-    for command in ("train", "purify", "score", "detect", "sample", "demo", "grid"):
-        result = run(command, "--help")
-        assert result.exit_code == 0 and "Usage" in result.output
+@pytest.fixture
+def training(tmp_path, digits):
+    path = tmp_path / "in.npz"
+    np.savez(path, x_train=digits.x_train[:100])
+    return path
+
+
+@pytest.mark.parametrize("command", cli.app.registered_commands, ids=lambda command: command.callback.__name__)
+def test_every_command_has_help_with_examples_that_it_accepts(command):
+    name = command.callback.__name__
+    assert succeeds(name, "-h") == succeeds(name, "--help")
+    examples = [line.strip() for line in succeeds(name, "-h").splitlines() if line.startswith(" art-pixeldefend")]
+    assert examples == re.findall("art-pixeldefend .*", command.epilog)  # none is too long for a line
+    for example in examples:
+        _, used, *arguments = shlex.split(example)
+        assert used == name
+        typer.main.get_command(cli.app).commands[name].make_context(name, arguments)
+
+
+def test_the_program_says_its_version_and_what_it_can_do():
+    assert succeeds("--version") == f"art-pixeldefend {art_pixeldefend.__version__}\n"
+    assert "purify" in succeeds() == succeeds("-h") == succeeds("--help")
+
+
+def test_help_and_import_are_fast():
+    """Heavy modules are imported by the commands that use them; the limits are 0.5 s and 0.2 s on an idle machine."""
+    code = """if True:
+        import sys
+        import art_pixeldefend
+        assert "numpy" not in sys.modules
+        from art_pixeldefend import cli
+        try:
+            cli.app(["purify", "--help"])
+        except SystemExit:
+            print({"numpy", "torch", "art", "PIL", "numba", "sklearn", "matplotlib"} & set(sys.modules))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("set()\n")
 
 
 def test_purify_writes_the_purified_array_in_the_form_of_the_input(images, tmp_path, digits_model):
-    from art_pixeldefend import greedy_decode
-
-    result = run("purify", images, tmp_path / "out.npy", "--model", "digits", "--eps", 24, "--quiet")
-    assert result.exit_code == 0, result.output
+    succeeds("purify", images, tmp_path / "out.npy", "--model", "digits", "--eps", 24, "--quiet")
     expected = greedy_decode(digits_model, np.load(images)[:, None], 24)
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), expected[:, 0])
 
@@ -42,8 +92,7 @@ def test_purify_writes_the_purified_array_in_the_form_of_the_input(images, tmp_p
 def test_purify_refuses_an_output_before_the_work_is_done(images, tmp_path, monkeypatch):
     monkeypatch.setattr("art_pixeldefend.PixelDefend.__call__", lambda *_, **__: pytest.fail("too late"))
     for name in ("out.txt", "in.npy/out.npy"):
-        result = run("purify", images, tmp_path / name, "--model", "digits", "--quiet")
-        assert isinstance(result.exception, ValueError) and name in str(result.exception)
+        assert name in fails("purify", images, tmp_path / name, "--model", "digits", "--quiet")
     assert [path.name for path in tmp_path.iterdir()] == ["in.npy"]
 
 
@@ -57,10 +106,8 @@ def test_files_that_cannot_be_written_are_refused_before_the_work_is_done(
     monkeypatch.setattr("art_pixeldefend.models.zoo.as_model", lambda *_, **__: pytest.fail("too late"))
     options = {"--out": tmp_path / "x.csv"} if command == "detect" else {}
     options = {"--model": "digits"} | options | {option: images / "x.npy"}
-    result = run(
-        command, *([] if command == "sample" else [images]), *(word for pair in options.items() for word in pair)
-    )
-    assert isinstance(result.exception, ValueError) and "in.npy/x.npy" in str(result.exception)
+    source = [] if command == "sample" else [images]
+    assert "in.npy/x.npy" in fails(command, *source, *(word for pair in options.items() for word in pair))
     assert [path.name for path in tmp_path.iterdir()] == ["in.npy"]
 
 
@@ -84,51 +131,131 @@ def test_help_names_every_bundled_model():
 @pytest.mark.parametrize("command", ["score", "detect"])
 def test_a_folder_is_refused_as_a_table_before_the_work_is_done(command, images, tmp_path, monkeypatch):
     monkeypatch.setattr("art_pixeldefend.models.zoo.as_model", lambda *_, **__: pytest.fail("too late"))
-    result = run(command, images, "--model", "digits", "--out", tmp_path, "--quiet")
-    assert result.exit_code == 2 and "--out" in result.output
+    assert "--out" in fails(command, images, "--model", "digits", "--out", tmp_path, "--quiet")
 
 
 def test_score_prints_the_mean_and_writes_each_image(images, tmp_path, digits_model):
-    result = run("score", images, "--model", "digits", "--out", tmp_path / "bits.csv", "--quiet")
-    assert result.exit_code == 0, result.output
+    output = succeeds("score", images, "--model", "digits", "--out", tmp_path / "bits.csv", "--quiet")
     bits = digits_model.bits_per_dim(np.load(images)[:, None]).numpy()
-    assert f"{bits.mean():.4f} bits/dim" in result.output
+    assert f"{bits.mean():.4f} bits/dim" in output
     rows = list(csv.DictReader((tmp_path / "bits.csv").open()))
     np.testing.assert_allclose([float(row["bits_per_dim"]) for row in rows], bits, rtol=1e-6)
 
 
 def test_the_score_of_no_images_is_refused(tmp_path):
     np.save(tmp_path / "none.npy", np.zeros((0, 8, 8), np.uint8))
-    result = run("score", tmp_path / "none.npy", "--model", "digits", "--quiet")
-    assert isinstance(result.exception, ValueError) and "none.npy" in str(result.exception)
+    assert "none.npy" in fails("score", tmp_path / "none.npy", "--model", "digits", "--quiet")
 
 
 def test_arrays_of_the_models_own_number_of_channels_go_from_command_to_command(tmp_path, make_model):
     make_model((2, 6, 5)).save(tmp_path / "model.safetensors")
     model = ["--model", tmp_path / "model.safetensors"]
-    assert run("sample", *model, "--out", tmp_path / "x.npy", "--count", 3).exit_code == 0
-    assert run("score", tmp_path / "x.npy", *model, "--quiet").exit_code == 0
-    assert run("purify", tmp_path / "x.npy", tmp_path / "y.npy", *model, "--quiet").exit_code == 0
+    succeeds("sample", *model, "--out", tmp_path / "x.npy", "--count", 3)
+    succeeds("score", tmp_path / "x.npy", *model, "--quiet")
+    succeeds("purify", tmp_path / "x.npy", tmp_path / "y.npy", *model, "--quiet")
     assert np.load(tmp_path / "x.npy").shape == np.load(tmp_path / "y.npy").shape == (3, 2, 6, 5)
-    result = run("score", tmp_path / "x.npy", "--model", "digits", "--quiet")
-    assert isinstance(result.exception, ValueError) and "x.npy" in str(result.exception)
-    result = run("sample", *model, "--out", tmp_path / "x.png")
-    assert isinstance(result.exception, ValueError) and "--out" in str(result.exception)
+    assert "x.npy" in fails("score", tmp_path / "x.npy", "--model", "digits", "--quiet")
+    assert "--out" in fails("sample", *model, "--out", tmp_path / "x.png")
 
 
-def two_processes(*arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run(
-        [*command, "-m", "art_pixeldefend", *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+def test_images_of_another_shape_than_the_models_are_refused(images, tmp_path, make_model):
+    for shape, found in (((1, 8, 9), "1 x 8 x 8"), ((3, 8, 8), "in.npy")):
+        make_model(shape).save(tmp_path / "model.safetensors")
+        for command in (["score", images], ["purify", images, tmp_path / "out.npy"]):
+            error = fails(*command, "--model", tmp_path / "model.safetensors", "--quiet")
+            assert "in.npy" in error and found in error
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB"])
+def test_a_folder_of_grey_images_in_any_mode_is_purified_by_a_grey_model(mode, tmp_path, digits, digits_model):
+    for i, image in enumerate(digits.x_test[:3, 0]):
+        (tmp_path / "in" / f"{i}").mkdir(parents=True)
+        Image.fromarray(image).convert(mode).save(tmp_path / "in" / f"{i}" / "image.png")
+    succeeds("purify", tmp_path / "in", tmp_path / "out", "--model", "digits", "--quiet")
+    expected = greedy_decode(digits_model, digits.x_test[:3], 16)
+    for i, image in enumerate(expected[:, 0]):
+        np.testing.assert_array_equal(Image.open(tmp_path / "out" / f"{i}" / "image.png"), image)
+
+
+@pytest.mark.parametrize(
+    ("command", "target", "file"),
+    [
+        (["purify", "in.npy", "x.npy"], "x.npy", "x.npy"),
+        (["purify", "folder", "pictures"], "pictures", "pictures/a.png"),
+        (["score", "in.npy", "--out", "x.csv"], "x.csv", "x.csv"),
+        (["detect", "in.npy", "--out", "x.csv", "--training", "in.npz"], "x.csv", "x.csv"),
+        (["sample", "--out", "x.npz"], "x.npz", "x.npz"),
+        (["sample", "--out", "x.png"], "x.png", "x.png"),
+        (["demo", "--out", "pictures"], "pictures", "pictures/a.png"),
+    ],
+)
+def test_existing_results_are_replaced_only_if_told_to(command, target, file, images, training, tmp_path, monkeypatch):
+    """And refused before any work is done."""
+    for folder in ("pictures", "folder"):
+        (tmp_path / folder).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / folder / "a.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("art_pixeldefend.evaluation.demo.run", lambda out, **_: (out / "a.png").write_text("new"))
+    (tmp_path / file).write_text("old")
+    command += [] if command[0] == "demo" else ["--model", "digits"]
+    with monkeypatch.context() as patch:
+        for method in ("PixelCNNpp.sample", "PixelDefend.__call__", "PixelDefendDetector.score"):
+            patch.setattr(f"art_pixeldefend.{method}", lambda *_, **__: pytest.fail("too late"))
+        error = fails(*command)
+    assert target in error and "--overwrite" in error and (tmp_path / file).read_text() == "old"
+    succeeds(*command, "--overwrite")
+    assert (tmp_path / file).read_bytes() != b"old"
+
+
+def test_a_table_is_appended_to_the_standard_output(images, tmp_path):
+    expected = succeeds("score", images, "--model", "digits", "--out", tmp_path / "x.csv", "--quiet")
+    (tmp_path / "all.csv").write_text("kept\n")
+    with (tmp_path / "all.csv").open("a") as file:
+        done = subprocess.run(
+            [sys.executable, "-m", "art_pixeldefend", "score", images, "--model", "digits", "--out", "/dev/stdout"],
+            stdout=file, stderr=subprocess.PIPE, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+    assert (tmp_path / "all.csv").read_text() == "kept\n" + (tmp_path / "x.csv").read_text()
+    assert done.stderr.endswith(expected)
+
+
+def test_a_device_is_an_option_wherever_a_model_runs(images, training, tmp_path, monkeypatch):
+    used = []
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device=None, **_: used.append(str(device)) or self)
+    commands = {
+        "purify": [images, tmp_path / "x.npy"], "score": [images], "sample": ["--out", tmp_path / "x.png"],
+        "detect": [images, "--out", tmp_path / "x.csv", "--training", training],
+    }  # fmt: skip
+    for command, arguments in commands.items():
+        succeeds(command, *arguments, "--model", "digits", "--device", "cpu:0")
+        assert used[-1] == "cpu:0"
+        assert "--device must be" in fails(command, *arguments, "--model", "digits", "--device", "none", "--overwrite")
 
 
 def test_two_processes_share_the_images_and_give_the_same(images, tmp_path):
-    alone = run("score", images, "--model", "digits", "--out", tmp_path / "alone.csv", "--quiet")
-    together = two_processes("score", images, "--model", "digits", "--out", tmp_path / "together.csv")
+    """Also where there are fewer images than processes, and command after command."""
+    few = tmp_path / "few.npy"
+    np.save(few, np.load(images)[:1])
+    purify = ["purify", few, tmp_path / "alone.npy", "--model", "digits", "--quiet"]
+    score = ["score", images, "--model", "digits", "--out", tmp_path / "alone.csv"]
+    succeeds(*purify)
+    alone = succeeds(*score, "--quiet")
+    (tmp_path / "script.py").write_text("""if True:
+        import sys
+        from art_pixeldefend.cli import app
+        for arguments in sys.argv[1:]:
+            try:
+                app(arguments.replace("alone", "together").split(","))
+            except SystemExit as end:
+                assert not end.code""")
+    together = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
+        + [",".join(map(str, command)) for command in (purify, score)],
+        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
     assert together.returncode == 0, together.stderr[-2000:]
-    assert together.stdout == alone.output and "2 processes" in together.stderr
+    assert together.stdout.endswith(alone) and "2 processes" in together.stderr
+    np.testing.assert_array_equal(np.load(tmp_path / "alone.npy"), np.load(tmp_path / "together.npy"))
     one, other = (
         list(csv.DictReader((tmp_path / f"{name}.csv").read_text().splitlines())) for name in ("alone", "together")
     )
@@ -137,64 +264,53 @@ def test_two_processes_share_the_images_and_give_the_same(images, tmp_path):
     np.testing.assert_allclose(*bits, atol=1e-5)
 
 
-def test_a_process_without_images_does_no_harm(images, tmp_path):
-    few = tmp_path / "few.npy"
-    np.save(few, np.load(images)[:1])
-    assert run("purify", few, tmp_path / "alone.npy", "--model", "digits", "--quiet").exit_code == 0
-    together = two_processes("purify", few, tmp_path / "together.npy", "--model", "digits", "--quiet")
-    assert together.returncode == 0, together.stderr[-2000:]
-    np.testing.assert_array_equal(np.load(tmp_path / "alone.npy"), np.load(tmp_path / "together.npy"))
-
-
-def test_detect_scores_the_training_images_once(images, tmp_path, monkeypatch):
+def test_detect_scores_the_training_images_once(images, training, tmp_path, monkeypatch):
     arguments = ["detect", images, "--model", "digits", "--out", tmp_path / "p.csv", "--likelihoods", tmp_path / "l.st"]
-    assert run(*arguments, "--training", "digits", "--quiet").exit_code == 0
+    succeeds(*arguments, "--training", training, "--quiet")
     first = (tmp_path / "p.csv").read_text()
     monkeypatch.setattr(datasets, "load", lambda *_: pytest.fail("the kept likelihoods should do"))
-    result = run(*arguments, "--quiet")
-    assert result.exit_code == 0, result.output
+    arguments += ["--quiet", "--overwrite"]
+    succeeds(*arguments)
     assert (tmp_path / "p.csv").read_text() == first
     rows = list(csv.DictReader(first.splitlines()))
     assert len(rows) == 12 and all(0 < float(row["p_value"]) <= 1 for row in rows)
     assert all((float(row["p_value"]) <= 0.05) == (row["adversarial"] == "1") for row in rows)
     alpha = float(np.median([float(row["p_value"]) for row in rows]))
-    result = run(*arguments, "--quiet", "--alpha", alpha)
-    assert f"level {alpha:g}" in result.output
+    assert f"level {alpha:g}" in succeeds(*arguments, "--alpha", alpha)
     rows = list(csv.DictReader((tmp_path / "p.csv").open()))
     assert 6 <= sum(row["adversarial"] == "1" for row in rows) < 12
     assert all((float(row["p_value"]) <= alpha) == (row["adversarial"] == "1") for row in rows)
 
 
-def test_kept_likelihoods_are_used_from_where_nothing_may_be_written(images, tmp_path, monkeypatch):
+def test_kept_likelihoods_are_used_from_where_nothing_may_be_written(images, training, tmp_path, monkeypatch):
     kept = tmp_path / "kept" / "l.st"
     arguments = ["detect", images, "--model", "digits", "--out", tmp_path / "p.csv", "--likelihoods", kept, "--quiet"]
-    assert run(*arguments, "--training", "digits").exit_code == 0
+    succeeds(*arguments, "--training", training)
     monkeypatch.setattr("os.access", lambda folder, mode: folder != kept.parent)
-    result = run(*arguments)
-    assert result.exit_code == 0, result.output
+    succeeds(*arguments, "--overwrite")
     kept.unlink()
-    result = run(*arguments, "--training", "digits")
-    assert isinstance(result.exception, ValueError) and "l.st" in str(result.exception)
+    assert "l.st" in fails(*arguments, "--training", training, "--overwrite")
 
 
-def test_detect_says_that_kept_likelihoods_go_before_training_images(images, tmp_path):
+def test_detect_says_that_kept_likelihoods_go_before_training_images(images, training, tmp_path):
     kept = tmp_path / "l.st"
     arguments = ["detect", images, "--model", "digits", "--out", tmp_path / "p.csv", "--likelihoods", kept, "--quiet"]
-    assert run(*arguments, "--training", "digits").stderr == ""
+    assert run(*arguments, "--training", training).stderr == ""
+    arguments.append("--overwrite")
     assert run(*arguments).stderr == ""
     said = run(*arguments, "--training", "fashion-mnist").stderr
     assert said.count("\n") == 1 and "--training fashion-mnist" in said and str(kept) in said
 
 
 def test_detect_compares_with_images_that_the_model_has_not_seen(digits, digits_model, tmp_path):
-    arguments = ["detect", "digits", "--model", "digits", "--out", tmp_path / "p.csv", "--quiet"]
-    assert "200 calibration images" in run(*arguments, "--calibration", "digits").output
+    arguments = ["detect", "digits", "--model", "digits", "--out", tmp_path / "p.csv", "--quiet", "--overwrite"]
+    assert "200 calibration images" in succeeds(*arguments, "--calibration", "digits")
     found = [float(row["p_value"]) for row in csv.DictReader((tmp_path / "p.csv").open())]
     detector = PixelDefendDetector(digits_model, (0, 255))
     detector.fit(digits.calibration(digits_model).x)
     np.testing.assert_allclose(found, detector.detect(digits.test(digits_model).x)[0]["p_values"])
     np.save(tmp_path / "clean.npy", digits.x_test[200:230])  # other images are used as they are
-    assert "30 calibration images" in run(*arguments, "--calibration", tmp_path / "clean.npy").output
+    assert "30 calibration images" in succeeds(*arguments, "--calibration", tmp_path / "clean.npy")
 
 
 def test_detect_takes_the_held_out_images_of_the_folder_that_the_model_was_trained_on(digits, tmp_path):
@@ -203,27 +319,24 @@ def test_detect_takes_the_held_out_images_of_the_folder_that_the_model_was_train
     for i, image in enumerate(digits.x_train[:240]):
         Image.fromarray(image[0]).save(folder / f"{i}.png")
     size = ["--filters", 4, "--resnets", 1, "--steps", 1, "--batch-size", 4, "--device", "cpu"]
-    assert run("train", folder, "--out", model.parent, *size, "--quiet").exit_code == 0
-    arguments = ["detect", folder, "--out", tmp_path / "p.csv", "--calibration", folder, "--quiet"]
-    assert "compared with 21 calibration images" in run(*arguments, "--model", model).output
-    assert "compared with 240 calibration images" in run(*arguments, "--model", "digits").output
+    succeeds("train", folder, "--out", model.parent, *size, "--quiet")
+    arguments = ["detect", folder, "--out", tmp_path / "p.csv", "--calibration", folder, "--quiet", "--overwrite"]
+    assert "compared with 21 calibration images" in succeeds(*arguments, "--model", model)
+    assert "compared with 240 calibration images" in succeeds(*arguments, "--model", "digits")
 
 
 def test_detect_refuses_images_too_few_to_flag_any_and_likelihoods_of_other_images(images, tmp_path):
     arguments = ["detect", images, "--model", "digits", "--out", tmp_path / "p.csv", "--quiet"]
-    refused = run(*arguments, "--calibration", images)
-    assert isinstance(refused.exception, ValueError) and "at least 19 images" in str(refused.exception)
+    assert "at least 19 images" in fails(*arguments, "--calibration", images)
     assert not (tmp_path / "p.csv").exists()
-    arguments += ["--likelihoods", tmp_path / "l.st"]
-    assert run(*arguments, "--training", "digits").exit_code == 0
-    refused = run(*arguments, "--calibration", "digits")
-    assert isinstance(refused.exception, ValueError) and "training images" in str(refused.exception)
+    arguments += ["--likelihoods", tmp_path / "l.st", "--overwrite"]
+    succeeds(*arguments, "--training", "digits")
+    assert "training images" in fails(*arguments, "--calibration", "digits")
 
 
 @pytest.mark.parametrize("name", ["sheet.png", "x.npz"])
 def test_sample_writes_a_sheet_or_an_array(name, tmp_path):
-    result = run("sample", "--model", "digits", "--out", tmp_path / name, "--count", 3)
-    assert result.exit_code == 0, result.output
+    succeeds("sample", "--model", "digits", "--out", tmp_path / name, "--count", 3)
     assert (tmp_path / name).stat().st_size > 0
 
 
@@ -233,20 +346,33 @@ def test_sample_writes_a_sheet_or_an_array(name, tmp_path):
         (["purify", "nowhere", "out", "--model", "digits"], "nowhere"),
         (["score", "nowhere.npy", "--model", "digits"], "nowhere.npy"),
         (["score", "digits", "--model", "imagenet"], "--model must be"),
+        (["score", "digits", "--model", "digits", "--batch-size", "0"], "--batch-size must be"),
         (["sample", "--model", "nowhere.safetensors", "--out", "x.png"], "--model must be"),
-        (["train", "digits", "--out", "run", "--start-from", "imagenet"], "--start-from must be"),
-        (["train", "digits", "--out", "run", "--device", "nonsense"], "device must be"),
         (["sample", "--model", "digits", "--out", "x.gif"], "--out"),
+        (["sample", "--model", "digits", "--out", "x.png", "--seed", "x"], "--seed"),
+        (["sample", "--model", "digits"], "--out"),
+        (["sample", "--nonsense"], "--nonsense"),
+        (["train", "digits", "--out", "run", "--start-from", "imagenet"], "--start-from must be"),
+        (["train", "digits", "--out", "run", "--device", "nonsense"], "--device must be"),
+        (["train", "digits", "--out", "run", "--steps", "0"], "--steps must be"),
+        (["train", "digits", "--out", "run", "--learning-rate", "-1"], "--learning-rate must be"),
+        (["train", "fashion-mnist", "--out", "run", "--data-dir", "/dev/null/x"], "--data-dir"),
         (["detect", "digits", "--model", "digits", "--out", "x.csv"], "--calibration"),
+        (["detect", "digits", "--model", "digits", "--out", "x.csv", "--alpha", "2"], "--alpha must be"),
         (["grid", "imagenet", "--out", "table"], "digits"),
         (["grid", "digits", "--out", "table", "--model", "imagenet"], "--model must be"),
-        (["train", "fashion-mnist", "--out", "run", "--data-dir", "nowhere", "--steps", "0"], "steps"),
+        (["grid", "digits", "--out", "table", "--starts", "-1"], "--starts must be"),
+        (["nonsense"], "nonsense"),
     ],
 )
-def test_errors_are_one_line_and_exit_code_2(arguments, expected, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "art_pixeldefend", *arguments], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and expected in done.stderr
+def test_errors_are_one_line_that_names_what_was_typed(arguments, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert expected in fails(*arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_installed_program_and_the_module_end_with_the_same_error():
+    for program in (["art-pixeldefend"], [sys.executable, "-m", "art_pixeldefend"]):
+        done = subprocess.run([*program, "sample", "--model", "x", "--out", "x.gif"], capture_output=True, text=True)
+        assert done.returncode == 2 and not done.stdout
+        assert done.stderr == "error: --out must end in .png, .npy or .npz, got 'x.gif'\n"

@@ -64,11 +64,155 @@ def test_images_of_several_sizes_and_files_that_are_none_are_refused_by_name(tmp
         read_images(tmp_path)
 
 
-def test_an_existing_folder_is_not_written_over(tmp_path):
+def test_existing_results_are_replaced_only_if_told_to(tmp_path):
+    for name in ("in/a.png", "out/a.png", "out/deep/b.png", "other/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        Image.new("L", (4, 4), len(name)).save(tmp_path / name)
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    np.save(tmp_path / "x.npy", np.zeros((1, 4, 4), np.uint8))
+    for source, target in (("in", "out"), ("in", "other"), ("x.npy", "x.npy")):
+        found = read_images(tmp_path / source)
+        with pytest.raises(ValueError, match=rf"{target}.*overwrite"):
+            write_images(tmp_path / target, found.levels, like=found)
+    with pytest.raises(ValueError, match=r"other.*notes\.txt"):
+        write_images(tmp_path / "other", found.levels, like=read_images(tmp_path / "in"), overwrite=True)
+    write_images(tmp_path / "x.npy", found.levels + 1, like=found, overwrite=True)
+    assert np.load(tmp_path / "x.npy").min() == 1
+    found = read_images(tmp_path / "in")
+    write_images(tmp_path / "out", found.levels, like=found, overwrite=True)
+    assert list(read_images(tmp_path / "out").names) == ["a.png"]  # nothing of the earlier run is left
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "other", "out", "x.npy"]
+
+
+@pytest.mark.parametrize("name", [".", "deep", "link", "link/deep"])
+def test_the_images_that_are_read_are_not_replaced(name, tmp_path):
+    (tmp_path / "deep" / "in").mkdir(parents=True)
+    Image.new("L", (4, 4)).save(tmp_path / "deep" / "in" / "a.png")
+    found = read_images(tmp_path / "deep" / "in")
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="holds the images"):
+        write_images(tmp_path / name, found.levels, like=found, overwrite=True)
+
+
+def test_results_may_be_written_into_the_folder_of_the_images_and_are_not_read_then(tmp_path):
     Image.new("L", (4, 4)).save(tmp_path / "a.png")
-    found = read_images(tmp_path)
-    with pytest.raises(ValueError, match="exists"):
-        write_images(tmp_path, found.levels, like=found)
+    for _ in range(2):
+        found = read_images(tmp_path, exclude=tmp_path / "out")
+        assert list(found.names) == ["a.png"]
+        write_images(tmp_path / "out", found.levels, like=found, overwrite=True)
+
+
+ORIENTATIONS = {
+    1: lambda x: x, 2: lambda x: x[:, ::-1], 3: lambda x: x[::-1, ::-1], 4: lambda x: x[::-1],
+    5: lambda x: x.T, 6: lambda x: x.T[::-1], 7: lambda x: x[::-1, ::-1].T, 8: lambda x: x.T[:, ::-1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tiff", "webp", "mpo.jpg"])
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_the_orientation_of_a_photograph_is_applied(orientation, suffix, tmp_path):
+    """``ORIENTATIONS`` turn an upright image into what a camera stores with that number."""
+    upright = np.kron(np.arange(6).reshape(2, 3) * 40, np.ones((8, 8))).astype(np.uint8)
+    exif = Image.Exif()
+    exif[274] = orientation
+    stored = Image.fromarray(np.ascontiguousarray(ORIENTATIONS[orientation](upright))).convert("RGB")
+    options = {"format": "MPO", "save_all": True, "append_images": [stored]} if suffix == "mpo.jpg" else {}
+    options |= {"lossless": True} if suffix == "webp" else {"quality": 100} if suffix.endswith("jpg") else {}
+    stored.save(tmp_path / f"a.{suffix}", exif=exif, **options)
+    levels = read_images(tmp_path).levels
+    assert levels.shape == (1, 3, 16, 24)
+    assert np.abs(levels[0, 0].astype(int) - upright).max() <= (3 if suffix.endswith("jpg") else 0)
+
+
+def palette_with_transparency(alpha):
+    image = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8)).convert("P")
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    image.info["transparency"] = bytes([255, alpha])
+    return image
+
+
+def grey_with_a_transparent_level(alpha):
+    image = Image.fromarray(np.array([[0, 7], [7, 0]], np.uint8))
+    image.info["transparency"] = 7 if alpha < 255 else 8
+    return image
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "tiff"])
+@pytest.mark.parametrize(
+    ("make", "channels"),
+    [
+        (lambda alpha: Image.new("RGBA", (2, 2), (1, 2, 3, alpha)), 3),
+        (lambda alpha: Image.new("LA", (2, 2), (1, alpha)), 1),
+        (palette_with_transparency, 3),
+        (grey_with_a_transparent_level, 1),
+    ],
+)
+def test_transparency_is_never_dropped_silently(make, channels, suffix, tmp_path):
+    """What is opaque everywhere loses nothing by being read without transparency."""
+    path = tmp_path / f"a.{suffix}"
+    for alpha in (0, 254, 255):
+        options = {"lossless": True, "exact": True} if suffix == "webp" else {}
+        make(alpha).save(path, **options)
+        with Image.open(path) as image:
+            kept = image.has_transparency_data
+        if alpha < 255 and kept:
+            with pytest.raises(ValueError, match=r"a\..*transparent"):
+                read_images(tmp_path)
+        elif suffix != "webp":  # which has no grey
+            assert kept or suffix == "tiff"  # which has no transparent levels or colours
+            assert read_images(tmp_path).levels.shape == (1, channels, 2, 2)
+
+
+def test_hidden_files_and_folders_and_runs_are_skipped_and_links_to_folders_followed(tmp_path):
+    """And whatever else lies about without an image suffix."""
+    folder, elsewhere = tmp_path / "images", tmp_path / "elsewhere"
+    for name in ("images/a.png", "images/cats/b.png", "elsewhere/c.png", "images/.ipynb_checkpoints/a.png",
+                 "images/.hidden.png", "images/run/samples.png", "images/folder.png/d.png"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4)).save(tmp_path / name)
+    for name in (
+        "._a.png",
+        "run/metrics.jsonl",
+        "run/checkpoint.safetensors",
+        "Thumbs.db",
+        "desktop.ini",
+        "cats/x.txt",
+    ):
+        (folder / name).write_bytes(b"\0\5\x16\7no image")
+    (folder / "dogs").symlink_to(elsewhere)
+    (folder / "e.png").symlink_to(elsewhere / "c.png")
+    (folder / "cats" / "loop").symlink_to(folder)
+    (elsewhere / "loop").symlink_to(elsewhere)
+    names = ["a.png", "cats/b.png", "dogs/c.png", "e.png", "folder.png/d.png"]
+    assert list(read_images(folder).names) == names
+    (tmp_path / ".link").symlink_to(folder)
+    assert list(read_images(tmp_path / ".link").names) == names  # hidden, but asked for by name
+
+
+@pytest.mark.parametrize("make", [lambda path: path.symlink_to("nowhere.png"), os.mkfifo])
+def test_what_looks_like_an_image_and_cannot_be_read_is_refused_by_name(make, tmp_path):
+    make(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png"):
+        read_images(tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "RGB", "RGBA", "P"])
+def test_grey_images_in_any_mode_are_read_for_a_model_of_either_kind(mode, tmp_path):
+    grey = np.random.default_rng(0).integers(0, 2, (4, 5), dtype=np.uint8) * 255
+    Image.fromarray(grey).convert(mode).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_images(tmp_path, [1]).levels, grey[None, None])
+    np.testing.assert_array_equal(read_images(tmp_path, [3]).levels, np.stack([grey] * 3)[None])
+    expected = 1 if mode in ("1", "L", "LA") else 3
+    assert read_images(tmp_path).levels.shape[1] == expected
+
+
+def test_a_coloured_image_is_refused_by_name_where_grey_ones_are_expected(tmp_path):
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    Image.fromarray(np.eye(4, dtype=np.uint8)[..., None] * np.array([1, 1, 2], np.uint8)).save(tmp_path / "b.png")
+    with pytest.raises(ValueError, match=r"b\.png.*colour"):
+        read_images(tmp_path, [1])
+    with pytest.raises(ValueError, match="2 channels"):
+        read_images(tmp_path, [2])
 
 
 def test_a_folder_is_written_through_a_link_to_an_empty_one(tmp_path):
@@ -115,22 +259,27 @@ def test_nothing_partial_is_left_when_writing_fails(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
-def test_files_that_differ_by_their_suffix_only_are_refused(tmp_path):
-    for name in ("a.png", "a.bmp"):
-        Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / name)
-    with pytest.raises(ValueError, match="suffix"):
-        read_images(tmp_path)
+def test_files_that_differ_by_their_suffix_only_are_read_and_refused_where_they_would_be_written_to_one(tmp_path):
+    (tmp_path / "in").mkdir()
+    for level, name in enumerate(("a.bmp", "a.png", "b.png")):
+        Image.new("L", (4, 4), level).save(tmp_path / "in" / name)
+    found = read_images(tmp_path / "in")
+    assert list(found.names) == ["a.bmp", "a.png", "b.png"] and list(found.levels[:, 0, 0, 0]) == [0, 1, 2]
+    for check in (check_target, lambda path, like: write_images(path, like.levels, like)):
+        with pytest.raises(ValueError, match=r"a\.bmp.*a\.png.*suffix"):
+            check(tmp_path / "out", found)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def png(width, height, depth, colour):
-    """A PNG file of this size, bit depth and colour type, all zeros."""
+    """A PNG file of this size, bit depth and colour type, all ones."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     bits = depth * {0: 1, 2: 3, 4: 2, 6: 4}[colour] * width
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    rows = zlib.compress((b"\0" + b"\0" * (bits // 8)) * height)
+    rows = zlib.compress((b"\0" + b"\xff" * (bits // 8)) * height)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
@@ -138,7 +287,7 @@ def png(width, height, depth, colour):
 def test_images_of_more_than_8_bits_are_refused(colour, tmp_path):
     """Grey, RGB, each without and with transparency."""
     (tmp_path / "a.png").write_bytes(png(4, 4, 8, colour))
-    assert read_images(tmp_path).levels.shape == (1, 1 if colour == 0 else 3, 4, 4)
+    assert read_images(tmp_path).levels.shape == (1, 1 if colour in (0, 4) else 3, 4, 4)
     (tmp_path / "a.png").write_bytes(png(4, 4, 16, colour))
     with pytest.raises(ValueError, match=r"a\.png.* more than 8 bits"):
         read_images(tmp_path)
@@ -244,3 +393,6 @@ def test_arrays_may_have_as_many_channels_as_are_asked_for(shape, tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "b.npy"), images)
     with pytest.raises(ValueError, match=r"a\.npy.* 1 or 3"):
         read_images(tmp_path / "a.npy")
+    np.save(tmp_path / "grey.npy", images[..., 0])
+    with pytest.raises(ValueError, match=r"grey\.npy.* is 3"):
+        read_images(tmp_path / "grey.npy", [3])
