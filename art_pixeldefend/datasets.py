@@ -128,9 +128,12 @@ class Dataset:
 
     def held_out_from(self, model: Any) -> bool:
         """Whether, by its provenance, ``model`` was trained on ``x_train`` without the calibration images."""
-        provenance = getattr(model, "provenance", None)
-        recorded = provenance.get(FINGERPRINT) if isinstance(provenance, Mapping) else None
-        return recorded is not None and recorded == fingerprint(self.x_train)
+        provenance, expected = getattr(model, "provenance", None), fingerprint(self.x_train)
+        while isinstance(provenance, Mapping) and provenance.get(FINGERPRINT) == expected:
+            if "start" not in provenance:
+                return True
+            provenance = provenance["start"]  # of the model whose weights training began with
+        return False
 
 
 FINGERPRINT = "training_images_sha256"  # the entry of a model's provenance

@@ -9,8 +9,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch.backends import cuda, cudnn, mkldnn
 
-# The precision settings of the operations, in the newer of PyTorch's two interfaces: the older one (`allow_tf32`) raises
-# errors where a user has chosen the newer one, while the newer one reads and restores what was set through either.
+# The precision settings of the operations, in the newer of PyTorch's two interfaces: the older one (`allow_tf32`)
+# raises errors where a user has chosen the newer one; the newer one reads and restores what was set through either.
 OPERATIONS = (cudnn.conv, cuda.matmul, mkldnn.conv, mkldnn.matmul)  # type: ignore[attr-defined]  # made at run time
 EXACT = ("ieee", "none")
 AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")

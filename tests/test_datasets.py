@@ -104,11 +104,20 @@ def test_a_model_trained_without_the_calibration_images_is_calibrated_on_them(di
     model = SimpleNamespace(provenance={datasets.FINGERPRINT: datasets.fingerprint(digits.x_train)})
     np.testing.assert_array_equal(digits.calibration(model).x, digits.x_calibration)
     np.testing.assert_array_equal(digits.test(model).x, digits.x_test)
-    model.provenance = {datasets.FINGERPRINT: datasets.fingerprint(digits.train_and_calibration().x)}
-    np.testing.assert_array_equal(digits.calibration(model).x, digits.reserve().x)
+    left_out, seen = model.provenance, {datasets.FINGERPRINT: datasets.fingerprint(digits.train_and_calibration().x)}
+    for provenance, held_out in (
+        (seen, False),
+        (left_out | {"start": left_out}, True),
+        (left_out | {"start": seen}, False),
+        (left_out | {"start": {}}, False),
+    ):
+        model.provenance = provenance
+        assert digits.held_out_from(model) == held_out
+        expected = digits.x_calibration if held_out else digits.reserve().x
+        np.testing.assert_array_equal(digits.calibration(model).x, expected)
 
 
-@pytest.mark.parametrize("name", zoo.names("pixelcnnpp"))
+@pytest.mark.parametrize("name", zoo.names())
 def test_bundled_models_are_calibrated_on_images_that_they_have_not_seen(name, load_official_data):
     data = datasets.load("digits") if name.startswith("digits") else load_official_data("-".join(name.split("-")[:2]))
     model = zoo.load(name)
