@@ -399,14 +399,14 @@ def grid(
     """
     import torch
 
-    from art_pixeldefend.evaluation.runner import run
+    from art_pixeldefend.evaluation.paper.reproduce import reproduce
 
     if model:
         _density_model(model)  # report errors now, not after hours of training
     if name == "digits":
         torch.set_num_threads(1)  # as for the demo
     typer.echo(
-        run(
+        reproduce(
             name, out, data_dir=data_dir, pixel_cnn=model, rows=rows, attacks=attacks, limit=limit,
             dry_run=dry_run, starts=starts, verbose=verbose,
         )

@@ -31,14 +31,17 @@ from published import RESULTS, Chunk, DataDir, PixelCnn, Shorter, command, table
 
 from art_pixeldefend import PixelCNNpp, datasets, greedy_decode
 from art_pixeldefend.attacks import ATTACKS, make_attack
-from art_pixeldefend.attacks.budget import LEVELS, bim_steps, from_levels, level, to_levels
+from art_pixeldefend.attacks.budget import bim_steps, level
 from art_pixeldefend.evaluation import runner
-from art_pixeldefend.evaluation.drawing import drawn_row
-from art_pixeldefend.evaluation.grid import Cell, Row
+from art_pixeldefend.evaluation.grid import BLIND, Cell, Row
+from art_pixeldefend.evaluation.paper.drawing import drawn_row
+from art_pixeldefend.evaluation.paper.grids import DENSITY_MODEL
+from art_pixeldefend.evaluation.paper.likelihoods import density_model as density_model_of
 from art_pixeldefend.evaluation.stages import Stages
-from art_pixeldefend.evaluation.store import UNIT, Store
+from art_pixeldefend.evaluation.store import Store
 from art_pixeldefend.evaluation.table import title
 from art_pixeldefend.files import write_atomically
+from art_pixeldefend.levels import TOP, UNIT, from_levels, to_levels
 from art_pixeldefend.models.zoo import as_model
 
 EPS_DEFEND = 32  # the table's
@@ -47,8 +50,8 @@ STRONG = ("fgsm", "bim")
 ADAPTIVE = "adaptive-pixeldefend"
 
 
-class Causes:
-    """The measurements, each a dictionary of percentages.
+class Ablations:
+    """Measurements that each change one thing, as dictionaries of percentages.
 
     Args:
         stages: of the grid behind the table.
@@ -68,11 +71,11 @@ class Causes:
 
     def right(self, row: Row, x: np.ndarray) -> np.ndarray:
         """Which of the images the row's classifier gets right."""
-        return self.stages.classifier(row.classifier, False).predict(x, batch_size=250).argmax(axis=1) == self.y
+        return self.stages.classifier(row.classifier).predict(x, batch_size=250).argmax(axis=1) == self.y
 
     def purified(self, x: np.ndarray, pixel_cnn: PixelCNNpp | None = None, eps: int = EPS_DEFEND) -> np.ndarray:
         """Images after PixelDefend."""
-        return from_levels(greedy_decode(pixel_cnn or self.stages.pixel_cnn, to_levels(x, UNIT), eps), UNIT)
+        return from_levels(greedy_decode(pixel_cnn or density_model_of(self.stages), to_levels(x, UNIT), eps), UNIT)
 
     @cached_property
     def strong(self) -> dict[str, np.ndarray]:
@@ -100,7 +103,7 @@ class Causes:
     def thresholds(self) -> dict[str, Any]:
         """What leaving images alone could gain, for each classifier behind Adaptive PixelDefend."""
         found: dict[str, Any] = {}
-        for row in (row for row in self.stages.grid.rows if row.defence == ADAPTIVE and row.threat == "bare"):
+        for row in (row for row in self.stages.grid.rows if row.defence == ADAPTIVE and row.threat == BLIND):
             for attack in self.stages.grid.attacks:
                 for eps in self.stages.grid.eps_of(row):
                     x = self.attacked(row.classifier, attack, eps)
@@ -121,13 +124,13 @@ class Causes:
     def attacks(self) -> dict[str, Any]:
         """Levels that DeepFool and CW moved the images they fooled, before clipping; BIM with four times its steps."""
         chunk, clean, found = self.stages.grid.chunk, self.stages.clean(0, self.images), {}
-        classifier = self.stages.classifier(self.row.classifier, False)
+        classifier = self.stages.classifier(self.row.classifier)
         for attack in (name for name in self.stages.grid.attacks if not ATTACKS[name].uses_eps):
-            cell = Cell(replace(self.row, defence="none"), attack, LEVELS - 1)  # clipped to nothing
+            cell = Cell(replace(self.row, defence="none"), attack, TOP)  # clipped to nothing
             starts = range(0, self.images, chunk)
             x = np.concatenate([self.stages.attacked(cell, s, min(chunk, self.images - s)) for s in starts])
             right = self.right(self.row, clean)
-            moved = np.abs(x - clean).max(axis=(1, 2, 3))[right & ~self.right(self.row, x)] * (LEVELS - 1)
+            moved = np.abs(x - clean).max(axis=(1, 2, 3))[right & ~self.right(self.row, x)] * (TOP)
             found[attack] = {
                 "right": int(right.sum()),
                 "fooled": len(moved),
@@ -157,16 +160,16 @@ def main(
 ) -> None:
     """Measure everything."""
     grid = table_grid("fashion-mnist", pixel_cnn=pixel_cnn, chunk=chunk, shorter=shorter)
-    causes = Causes(Stages(grid, datasets.load(grid.dataset, data_dir), Store(work)), images)
-    models = {Path(grid.pixel_cnn).name: causes.stages.pixel_cnn} | {
+    ablations = Ablations(Stages(grid, datasets.load(grid.dataset, data_dir), Store(work)), images)
+    models = {Path(grid.models[DENSITY_MODEL]).name: density_model_of(ablations.stages)} | {
         path.parent.name: as_model(path, PixelCNNpp, name="pixel_cnn") for path in density_model
     }
     result = {
         "command": command("causes.py"),
         "date": date.today().isoformat(), "hardware": runner.hardware(), "images": images,
-        "classifier": title(causes.row),
-        "density_models": causes.density_models(models), "eps_defend": causes.eps_defend(),
-        "thresholds": causes.thresholds(), "classifiers": causes.classifiers(), "attacks": causes.attacks(),
+        "classifier": title(ablations.row),
+        "density_models": ablations.density_models(models), "eps_defend": ablations.eps_defend(),
+        "thresholds": ablations.thresholds(), "classifiers": ablations.classifiers(), "attacks": ablations.attacks(),
     }  # fmt: skip
     write_atomically(out, json.dumps(result, indent=1) + "\n")
     typer.echo(json.dumps(result, indent=1))

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 from published import RESULTS, DataDir, Work, command, density_model, publish
 
-from art_pixeldefend.evaluation.grid import GRIDS
+from art_pixeldefend.evaluation.paper.grids import DENSITY_MODEL, GRIDS
 
 SIZES = {"resnet": {"width": 8, "units": 3}, "vgg": {"width": 4}}
 
@@ -38,7 +38,8 @@ def main(
     # Two chunks, so that two processes have one each.
     grid = replace(
         GRIDS["cifar-10"],
-        pixel_cnn=str(pixel_cnn), images=limit, steps=steps, sizes=SIZES, chunk=-(-limit // 2), validation=40,
+        models={DENSITY_MODEL: str(pixel_cnn)},
+        images=limit, steps=steps, sizes=SIZES, chunk=-(-limit // 2), validation=40,
     )  # fmt: skip
     grid = replace(grid, rows=tuple(replace(row, images=None) for row in grid.rows))
     grid = grid.only(rows, tuple(attacks.split(",")) if attacks else None)

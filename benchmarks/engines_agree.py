@@ -4,7 +4,7 @@
     python benchmarks/engines_agree.py --work FOLDER --method reference --limit 20 --rows vgg
 
 ``FOLDER`` is that of ``fashion_mnist.py``; give ``--shorter``, ``--chunk`` and ``--pixel-cnn`` as that script was given
-them, or other classifiers and images are made. The attacked images of the bare PixelDefend rows are purified again by
+them, or other classifiers and images are made. The attacked images of the blind PixelDefend rows are purified again by
 the engine named, and shown to the classifiers again. (Adaptive PixelDefend shows these images, or attacked ones.)
 """
 
@@ -23,14 +23,15 @@ from published import Chunk, DataDir, PixelCnn, Shorter, command, table_grid
 from tqdm import tqdm
 
 from art_pixeldefend import datasets
-from art_pixeldefend.attacks.budget import to_levels
 from art_pixeldefend.evaluation import runner
-from art_pixeldefend.evaluation.grid import GRIDS, Cell
+from art_pixeldefend.evaluation.grid import Cell
+from art_pixeldefend.evaluation.paper.grids import DENSITY_MODEL, GRIDS
 from art_pixeldefend.evaluation.stages import Stages
-from art_pixeldefend.evaluation.store import UNIT, Store
+from art_pixeldefend.evaluation.store import Store
 from art_pixeldefend.files import write_atomically
+from art_pixeldefend.levels import to_levels
 
-ROWS = "/pixeldefend/bare"
+ROWS = "/pixeldefend/blind"
 
 
 def main(
@@ -53,15 +54,15 @@ def main(
     for cell in tqdm(cells):
         counts = right.setdefault(cell.name, [0, 0])
         for y, purified in both(stages, cell, method, limit):
-            differs = np.not_equal(*(to_levels(x, UNIT) for x in purified))
+            differs = np.not_equal(*(to_levels(x) for x in purified))
             images += int(differs.any(axis=(1, 2, 3)).sum())
             sub_pixels += int(differs.sum())
             for i, x in enumerate(purified):
-                counts[i] += int((stages.classifier(cell.row, False).predict(x).argmax(axis=1) == y).sum())
+                counts[i] += int((stages.classifier(cell.row).predict(x).argmax(axis=1) == y).sum())
     result = {
         "command": command("engines_agree.py"),
         "date": date.today().isoformat(), "hardware": runner.hardware(),
-        "density_model": Path(grid.pixel_cnn).name, "method": method, "cells": len(cells),
+        "density_model": Path(grid.models[DENSITY_MODEL]).name, "method": method, "cells": len(cells),
         "images": limit * len(cells), "images_that_differ": images,
         "sub_pixels_that_differ": sub_pixels, "right_by_cell": right,
         "cells_that_differ": sum(a != b for a, b in right.values()), "seconds": round(time.perf_counter() - began, 1),

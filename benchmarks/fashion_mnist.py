@@ -8,8 +8,8 @@ classifiers, attacked images, purified images, cells), so what was stopped goes 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/fashion_mnist.py --work FOLDER
 
 One row's classifier, BIM training with delta 25, takes as long as half of the rest on a CPU:
-``--rows '!adversarial-bim-delta-25'`` leaves it out, ``--shorter adversarial-bim-delta-25/none/bare=1500`` trains it in
-fewer steps, which the table then says.
+``--rows '!adversarial-bim-delta-25'`` leaves it out, ``--shorter adversarial-bim-delta-25/none=1500`` trains
+it in fewer steps, which the table then says.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from published import (
     table_grid,
 )
 
-from art_pixeldefend.evaluation.grid import GRIDS
+from art_pixeldefend.evaluation.paper.grids import DENSITY_MODEL, GRIDS
 
 GRID = GRIDS["fashion-mnist"]
 
@@ -46,7 +46,7 @@ def main(
     attacks: Annotated[str | None, typer.Option(help="only these comma-separated attacks")] = None,
     fewer: Fewer = [],  # noqa: B006
     shorter: Shorter = [],  # noqa: B006
-    pixel_cnn: PixelCnn = GRID.pixel_cnn,
+    pixel_cnn: PixelCnn = GRID.models[DENSITY_MODEL],
     chunk: Chunk = GRID.chunk,
     results: Annotated[Path, typer.Option(help="folder for the table")] = RESULTS,
     name: Annotated[str, typer.Option(help="of its files")] = "fashion-mnist",

@@ -22,6 +22,7 @@ from published import RESULTS, Chunk, DataDir, PixelCnn, Shorter, Work, command,
 from art_pixeldefend import datasets
 from art_pixeldefend.evaluation import runner
 from art_pixeldefend.evaluation.paper.ascent import figure_5
+from art_pixeldefend.evaluation.paper.likelihoods import density_model
 from art_pixeldefend.evaluation.stages import Stages
 from art_pixeldefend.evaluation.store import Store
 from art_pixeldefend.files import write_atomically
@@ -48,7 +49,7 @@ def main(
     path = results / f"{dataset}-figure5"
     facts = {"dataset": dataset, "command": command("figure5.py"), "date": date.today().isoformat()}
     facts |= {"hardware": runner.hardware()}
-    facts |= {"versions": dict(runner.versions()), "density_model": stages.pixel_cnn.provenance}
+    facts |= {"versions": dict(runner.versions()), "density_model": density_model(stages).provenance}
     write_atomically(path.with_suffix(".json"), json.dumps(facts | numbers, indent=1) + "\n")
     write_atomically(path.with_suffix(".png"), (work / "figure5.png").read_bytes())
     shown = {name: value for name, value in numbers.items() if name != "bits_per_dim"}

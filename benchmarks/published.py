@@ -19,8 +19,11 @@ import torch
 import typer
 
 from art_pixeldefend import PixelCNNpp, classifiers, datasets
-from art_pixeldefend.evaluation import runner, table
-from art_pixeldefend.evaluation.grid import GRIDS, Grid, Row
+from art_pixeldefend.evaluation import table
+from art_pixeldefend.evaluation.grid import Grid, Row, current_name
+from art_pixeldefend.evaluation.paper.grids import DENSITY_MODEL, GRIDS
+from art_pixeldefend.evaluation.paper.likelihoods import density_model as density_model_of
+from art_pixeldefend.evaluation.paper.reproduce import table_and_figures
 from art_pixeldefend.evaluation.stages import Stages
 from art_pixeldefend.evaluation.store import Store
 from art_pixeldefend.evaluation.table import title
@@ -84,8 +87,10 @@ def table_grid(
     if name not in GRIDS:
         raise typer.BadParameter(f"the data set must be one of {', '.join(GRIDS)}, got {name!r}")
     grid = GRIDS[name]
-    changes: dict[str, Any] = {"pixel_cnn": pixel_cnn, "chunk": chunk}
-    grid = replace(grid, **{what: value for what, value in changes.items() if value is not None})
+    if pixel_cnn is not None:
+        grid = replace(grid, models={**grid.models, DENSITY_MODEL: pixel_cnn})
+    if chunk is not None:
+        grid = replace(grid, chunk=chunk)
     for option, what, choices in (("--fewer", "images", fewer), ("--shorter", "steps", shorter)):
         for choice in choices:
             grid = replace(grid, rows=_changed(grid.rows, option, what, choice))
@@ -94,7 +99,7 @@ def table_grid(
 
 def _changed(rows: tuple[Row, ...], option: str, what: str, choice: str) -> tuple[Row, ...]:
     """The rows, with another number of images or steps where their name ends so."""
-    name, _, count = choice.rpartition("=")
+    name, _, count = current_name(choice).rpartition("=")
     if not name or not count.isdecimal() or not int(count):
         raise typer.BadParameter(f"{option} must be NAME=N with N at least 1, got {choice!r}")
     if not any(row.name.endswith(name) for row in rows):
@@ -133,9 +138,9 @@ def publish(
     Raises:
         FileNotFoundError: if the density model is not there, before anything is computed.
     """
-    as_model(grid.pixel_cnn, PixelCNNpp, torch.device("cpu"), name="--pixel-cnn")
+    as_model(grid.models[DENSITY_MODEL], PixelCNNpp, torch.device("cpu"), name="--pixel-cnn")
     stages = Stages(grid, datasets.load(grid.dataset, data_dir), Store(work))
-    outcome = runner.carry_out(stages, figures=bool(figures))
+    outcome, drawn = table_and_figures(stages, figures=bool(figures))
     if int(os.environ.get("RANK", "0")) > 0:
         return outcome.table
     cells = [_without_traceback(cell) for cell in outcome.results.values()]
@@ -145,9 +150,9 @@ def publish(
     # A cell a line: what changes from run to run is seen in a diff.
     lines = ",\n".join(json.dumps(cell, sort_keys=True) for cell in cells)
     write_atomically(results / f"{name}.json", f'{{"facts": {json.dumps(facts, indent=1)},\n"cells": [\n{lines}\n]}}\n')
-    for drawn in outcome.figures:
-        if any(fnmatch(drawn.name, pattern) for pattern in ("detection.json", *(f"{f}.png" for f in figures))):
-            shutil.copyfile(drawn, results / f"{name}-{drawn.name}")
+    for file in drawn:
+        if any(fnmatch(file.name, pattern) for pattern in ("detection.json", *(f"{f}.png" for f in figures))):
+            shutil.copyfile(file, results / f"{name}-{file.name}")
     return outcome.table
 
 
@@ -180,7 +185,7 @@ def facts_of(stages: Stages) -> dict[str, Any]:
         "test_images": len(y),
         "classifiers": {
             title(row): {
-                "accuracy_percent": 100 * classifiers.accuracy(stages.classifier(row, False), x, y),
+                "accuracy_percent": 100 * classifiers.accuracy(stages.classifier(row), x, y),
                 "training": stages.training(row),
             }
             for row in stages.classifiers()
@@ -192,9 +197,9 @@ def facts_of(stages: Stages) -> dict[str, Any]:
             if row.defence == "adaptive-pixeldefend" and stages.trained(row) and stages.calibrated(row)
             for _, arguments in stages.steps(row)
         },
-        "density_model": Path(stages.grid.pixel_cnn).name,
-        "density_model_provenance": stages.pixel_cnn.provenance,
-        "density_model_configuration": stages.pixel_cnn.configuration,
+        "density_model": Path(stages.grid.models[DENSITY_MODEL]).name,
+        "density_model_provenance": density_model_of(stages).provenance,
+        "density_model_configuration": density_model_of(stages).configuration,
     }  # fmt: skip
 
 

@@ -25,8 +25,8 @@ from torch import nn
 
 from art_pixeldefend import classifiers, datasets
 from art_pixeldefend.attacks import ATTACKS, Clipped, make_attack
-from art_pixeldefend.evaluation.grid import defences
-from art_pixeldefend.evaluation.preprocessors import InTurn, preprocessor
+from art_pixeldefend.evaluation.paper.grids import defences
+from art_pixeldefend.evaluation.preprocessors import Sequential, preprocessor
 from art_pixeldefend.evaluation.table import wilson
 from art_pixeldefend.purifiers import PixelDefend
 
@@ -55,18 +55,18 @@ def main(
         np.eye(len(images.classes), dtype=np.float32)[y] if attack in ATTACKS and ATTACKS[attack].true_labels else None
     )
     attacked = attack_of(attack, estimator, eps, json.loads(arguments)).generate(x, labels)
-    squeezing = preprocessor(defences(eps_defend, bits)["feature-squeezing"], clip_values=UNIT)
+    squeezing = preprocessor(defences(eps_defend, bits)["feature-squeezing"])
     purifier = PixelDefend(clip_values=UNIT, eps=eps_defend, pixel_cnn=pixel_cnn)
     print(f"| defence | clean | {attack}, eps {eps} | 95% interval | ms per image |\n|---|---|---|---|---|")
     for name, steps in {
         "none": [], "feature squeezing": [squeezing], "PixelDefend": [purifier],
         "PixelDefend, then squeezing": [purifier, squeezing],
     }.items():  # fmt: skip
-        print(line(name, InTurn(steps), estimator, x, attacked, y), flush=True)
+        print(line(name, Sequential(steps), estimator, x, attacked, y), flush=True)
 
 
 def line(
-    name: str, defence: InTurn, estimator: PyTorchClassifier, x: np.ndarray, attacked: np.ndarray, y: np.ndarray
+    name: str, defence: Sequential, estimator: PyTorchClassifier, x: np.ndarray, attacked: np.ndarray, y: np.ndarray
 ) -> str:
     """One row of the table."""
     clean = defence(x)[0]  # not timed: a first call compiles

@@ -24,8 +24,9 @@ import sys, time
 from datetime import timedelta
 import torch
 from art_pixeldefend import processes
-from art_pixeldefend.evaluation.grid import Grid, Row, defences
-from art_pixeldefend.evaluation.runner import run
+from art_pixeldefend.evaluation.grid import Grid, Row
+from art_pixeldefend.evaluation.paper.grids import defences
+from art_pixeldefend.evaluation.paper.reproduce import reproduce
 processes.TIMEOUT = timedelta(seconds=3)
 torch.set_num_threads(1)
 for entry in range(12):
@@ -36,10 +37,11 @@ if group.rank == 1:
 group.wait()
 grid = Grid(
     "digits", (Row("vgg", "normal", "pixeldefend"),), eps=(40,), attacks=("fgsm",), defences=defences(56, 3),
-    pixel_cnn="digits", recipe="digits", steps=2, sizes={"vgg": {"width": 2}}, images=2, validation=2, chunk=1,
+    models={"pixel_cnn": "digits"}, recipe="digits", steps=2, sizes={"vgg": {"width": 2}}, images=2, validation=2,
+    chunk=1,
 )
 for figures in (True, False):
-    run(grid, sys.argv[1], figures=figures, starts=1, verbose=False)
+    reproduce(grid, sys.argv[1], figures=figures, starts=1, verbose=False)
 """
 
 

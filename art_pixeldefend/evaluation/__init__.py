@@ -1,1 +1,1 @@
-"""The paper's grid: run, stored, tabulated, drawn."""
+"""Grids of attacks and defences: computed, stored, printed as tables and drawn."""

@@ -1,70 +1,78 @@
-"""The paper's tables as data: rows, columns, and what each name in them means."""
+"""Tables of accuracies as data: rows of classifier, defence and threat, columns of attacks."""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-from art_pixeldefend.attacks import ATTACKS, PAPER
+from art_pixeldefend.attacks import ATTACKS
 from art_pixeldefend.classifiers import NETWORKS, RECIPES, TECHNIQUES
-from art_pixeldefend.evaluation.preprocessors import Step
+from art_pixeldefend.evaluation.preprocessors import CALIBRATED, Step, placeholders
 from art_pixeldefend.validation import check_count, check_eps
 
-THREATS = ("bare", "through")
+BLIND, WHITE_BOX = "blind", "white-box"
+THREATS = (BLIND, WHITE_BOX)
+EARLIER_NAMES = {"none/bare": "none", "bare": BLIND, "through": WHITE_BOX}  # of rows, in results of version 0.1
 REFERENCES = ("calibration", "training")
 CLEAN = "clean"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A classifier behind a defence, and what the attacker sees of them.
+    """A classifier behind a defence, and what the attacker knows of them.
 
     Args:
-        network, training: names of ``classifiers.NETWORKS`` and ``classifiers.TECHNIQUES``.
-        defence: a name of the grid's defences.
-        threat: ``"bare"``: the attacks see the classifier only (the paper's PixelDefend rows); ``"through"``: they see
-            classifier and defence (its feature-squeezing rows), with the identity as the gradient of what has none.
+        network, training: keys of ``classifiers.NETWORKS`` and ``classifiers.TECHNIQUES``.
+        defence: a key of the grid's defences, or ``"none"``.
+        threat: ``"blind"``: the attacks see the classifier without its defence. ``"white-box"``: they see both, with
+            the gradients that the defence declares. A row without a defence is always white-box.
         attacks: the columns to run, if not the grid's.
         images: how many, if not the grid's.
-        delta: deviation of adversarial training's radius, in levels, if not the grid's.
+        delta: standard deviation of adversarial training's radius, in levels, if not the grid's.
         eps: radii of attack to run, in levels, if not the grid's.
         steps: of the classifier's training, if not the grid's.
+
+    Example:
+        >>> Row("resnet", "normal", "pixeldefend").name
+        'resnet/normal/pixeldefend/blind'
     """
 
     network: str = "resnet"
     training: str = "normal"
     defence: str = "none"
-    threat: str = "bare"
+    threat: str = BLIND
     attacks: tuple[str, ...] | None = None
     images: int | None = None
     delta: float | None = None
     eps: tuple[int, ...] | None = None
     steps: int | None = None
 
+    def __post_init__(self) -> None:
+        threat = WHITE_BOX if self.defence == "none" and self.threat == BLIND else self.threat
+        object.__setattr__(self, "threat", threat)
+
     @property
     def name(self) -> str:
-        """For ``--rows`` and for progress: network/training/defence/threat; the training with its delta, if set."""
+        """network/training/defence/threat, with delta if it is set and without the threat if there is no defence."""
         delta = "" if self.delta is None else f"-delta-{self.delta:g}"
-        return f"{self.network}/{self.training}{delta}/{self.defence}/{self.threat}"
+        threat = "" if self.defence == "none" else f"/{self.threat}"
+        return f"{self.network}/{self.training}{delta}/{self.defence}{threat}"
 
     @property
     def adversarial(self) -> bool:
-        """Whether its classifier saw attacked images in training, so that there is a delta."""
+        """Whether its classifier is trained adversarially, and so has a delta."""
         return self.training.startswith("adversarial")
 
     @property
     def classifier(self) -> Row:
-        """The same classifier with nothing in front of it."""
+        """The row of the same classifier without a defence."""
         return Row(self.network, self.training, delta=self.delta, steps=self.steps)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of the table: a row under an attack of a radius in levels (0 for clean images)."""
+    """One number of the table: a row under an attack with a radius in levels (0 for clean images)."""
 
     row: Row
     attack: str
@@ -72,7 +80,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The row's name and the column's."""
+        """The row's name, the attack's name and the radius."""
         return f"{self.row.name} {self.attack}" + (f" {self.eps}" if self.eps else "")
 
 
@@ -84,32 +92,42 @@ class Grid:
         dataset: name or path, as ``datasets.load`` takes it.
         rows: of the table.
         eps: radii of attack, in levels.
-        attacks: names of ``attacks.ATTACKS``.
-        defences: preprocessors by name, each a tuple of (import path, arguments); ``pixel_cnn`` is filled in where a
-            class takes it, and a ``threshold`` of "calibrated" is chosen on validation images.
-        pixel_cnn: the density model: a bundled name or a path.
-        recipe: of the classifiers, a name of ``classifiers.RECIPES``.
+        attacks: the columns, keys of ``attacks.ATTACKS``.
+        defences: ART preprocessors by name, each a tuple of (import path, arguments) which are applied in turn. An
+            argument may be ``"{name}"`` for a model of ``models``, or ``"{calibrated}"`` for a threshold that the
+            defence's ``calibrate`` chooses. Stochastic defences need no seed: torch's and NumPy's global generators
+            are seeded whenever a defence runs.
+        models: image models by name: bundled names or paths.
+        recipe: of the classifiers, a key of ``classifiers.RECIPES``.
         steps: of the recipe, if not its own.
         sizes: of the networks, by name, if not the paper's.
         delta: of adversarial training, in levels; a row may have its own.
         images: the first so many test images.
         validation: how many test images, of those that the data set reserves, choose a threshold; as many training
             images, the last, train no classifier.
-        chunk: images a unit of work: the least that is lost when interrupted, and what processes share out.
+        chunk: images computed at a time; at most one chunk per process is lost when a run is interrupted.
         seed: of everything random.
         reference: what the figures' p-values and ROC curves compare with: ``"calibration"`` images, which the density
             model has not seen, or its ``"training"`` images, as in the paper.
+        paper: returns published percentages to print beside the table's, for (grid, row, column, eps), or None.
+        notes: remarks by the names of defences, printed under tables with such a row.
 
     Raises:
-        ValueError: naming what is not as described.
+        ValueError: naming the argument that is not as described.
+
+    Example:
+        >>> noise = ("art.defences.preprocessor.GaussianAugmentation", {"clip_values": (0, 1), "augmentation": False})
+        >>> grid = Grid("digits", (Row("vgg"), Row("vgg", defence="noise")), (40,), ("fgsm",), {"noise": (noise,)})
+        >>> [cell.name for cell in grid.cells()][-1]
+        'vgg/normal/noise/blind fgsm 40'
     """
 
     dataset: str
     rows: tuple[Row, ...]
     eps: tuple[int, ...]
-    attacks: tuple[str, ...] = PAPER
+    attacks: tuple[str, ...] = ("fgsm", "bim")
     defences: Mapping[str, tuple[Step, ...]] = field(default_factory=dict)
-    pixel_cnn: str = ""
+    models: Mapping[str, str] = field(default_factory=dict)
     recipe: str = "quick"
     steps: int | None = None
     sizes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -119,6 +137,8 @@ class Grid:
     chunk: int = 50
     seed: int = 0
     reference: str = "calibration"
+    paper: Callable[[Grid, Row, str, int], float | None] | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, least in (("images", 1), ("validation", 0), ("chunk", 1)):
@@ -136,15 +156,18 @@ class Grid:
             _check("attacks", row.attacks or (), ATTACKS)
             if row.delta is not None and not (row.adversarial and row.delta > 0):
                 raise ValueError(
-                    f"delta must be positive, and of an adversarial training, got {row.delta!r} in {row.name}"
+                    f"delta must be positive, and the training adversarial, got {row.delta!r} in {row.name}"
                 )
             for eps in row.eps or ():
                 if eps not in self.eps:
                     raise ValueError(f"eps of {row.name} must be of the grid's {self.eps}, got {eps!r}")
+        for name, steps in self.defences.items():
+            known = [CALIBRATED, *(f"{{{model}}}" for model in self.models)]
+            _check(f"placeholders of defence {name!r}", placeholders(steps), known)
         self._check_distinct()
 
     def _check_distinct(self) -> None:
-        """A table has one line for each of these: two rows that differ in nothing else would show one's numbers."""
+        """Check that no two rows share a line of the table, which shows only these settings."""
         lines: dict[tuple[Any, ...], str] = {}
         for row in self.rows:
             for eps in self.eps_of(row):
@@ -157,7 +180,7 @@ class Grid:
                 lines[line] = row.name
 
     def cells(self) -> Iterator[Cell]:
-        """Every number, clean first in each row."""
+        """Yield every number of the table, row by row, clean images first."""
         for row in self.rows:
             yield Cell(row, CLEAN, 0)
             for attack in self.attacks_of(row):
@@ -165,33 +188,33 @@ class Grid:
                     yield Cell(row, attack, eps)
 
     def attacks_of(self, row: Row) -> tuple[str, ...]:
-        """The columns of a row, clean images aside."""
+        """Return the attacks on a row."""
         return self.attacks if row.attacks is None else row.attacks
 
     def eps_of(self, row: Row) -> tuple[int, ...]:
-        """The radii of attack of a row, in levels."""
+        """Return a row's radii of attack, in levels."""
         return self.eps if row.eps is None else row.eps
 
     def delta_of(self, row: Row) -> float | None:
-        """The delta that a row's classifier was trained with; None for one that was not trained adversarially."""
+        """Return the delta of a row's classifier, or None if it is not trained adversarially."""
         return None if not row.adversarial else self.delta if row.delta is None else row.delta
 
     def steps_of(self, row: Row) -> int | None:
-        """The training steps of a row's classifier; None for as many as the recipe has."""
+        """Return the training steps of a row's classifier, or None for those of the recipe."""
         return self.steps if row.steps is None else row.steps
 
     def images_of(self, row: Row) -> int:
-        """How many test images a row is measured on."""
+        """Return the number of test images that a row asks for."""
         return min(self.images, row.images or self.images)
 
     def only(self, rows: str | None = None, attacks: tuple[str, ...] | None = None, limit: int | None = None) -> Grid:
-        """A smaller grid.
+        """Return a part of the grid.
 
         Args:
-            rows: keep those with any of these comma-separated words in their name, and with none of the words that
-                begin with an exclamation mark: ``"resnet,vgg,!delta-25"``. Without a word of the first kind all are
-                kept that have none of the second.
-            attacks: keep these columns.
+            rows: comma-separated words: keep rows with at least one of them in their name, and with none of the words
+                that begin with an exclamation mark, as in ``"resnet,vgg,!delta-25"``. If all words begin with one, all
+                other rows are kept.
+            attacks: keep these columns. Thresholds are still calibrated under all the grid's attacks.
             limit: at most this many images.
 
         Raises:
@@ -199,7 +222,7 @@ class Grid:
         """
         grid = self
         if rows is not None:
-            words = [word.strip() for word in rows.split(",")]
+            words = [current_name(word.strip()) for word in rows.split(",")]
             kept = tuple(row for row in self.rows if _matches(row.name, words))
             if not kept:
                 raise ValueError(f"rows must match one of {', '.join(row.name for row in self.rows)}, got {rows!r}")
@@ -210,8 +233,15 @@ class Grid:
                 replace(row, attacks=tuple(a for a in attacks if row.attacks is None or a in row.attacks))
                 for row in grid.rows
             )
-            grid = replace(grid, rows=of_rows)  # thresholds are still chosen under all the grid's attacks
+            grid = replace(grid, rows=of_rows)
         return grid if limit is None else replace(grid, images=min(check_count("limit", limit), grid.images))
+
+
+def current_name(name: str) -> str:
+    """Return a row's name, or a part of one, with the threats' names of version 0.1 replaced by the current ones."""
+    for earlier, current in EARLIER_NAMES.items():
+        name = name.replace(earlier, current)
+    return name
 
 
 def _matches(name: str, words: list[str]) -> bool:
@@ -219,124 +249,7 @@ def _matches(name: str, words: list[str]) -> bool:
     return any(w in name for w in with_ or [""]) and not any(w[1:] in name for w in without)
 
 
-def _check(name: str, values: tuple[str, ...], known: Any) -> None:
+def _check(name: str, values: Iterable[str], known: Iterable[str]) -> None:
     for value in values:
         if value not in known:
-            raise ValueError(f"{name} must be of {', '.join(known)}, got {value!r}")
-
-
-# The paper's tables
-
-
-ART_PIXELDEFEND = "art_pixeldefend.evaluation.paper.art_pixel_defend.ArtPixelDefend"
-
-
-def defences(eps: int, bit_depth: int) -> dict[str, tuple[Step, ...]]:
-    """The paper's: PixelDefend within ``eps`` levels, colours squeezed to ``bit_depth`` bits."""
-    return {
-        "feature-squeezing": (
-            ("art.defences.preprocessor.FeatureSqueezing", {"bit_depth": bit_depth}),
-            ("art.defences.preprocessor.SpatialSmoothing", {"window_size": 2, "channels_first": True}),
-        ),
-        "pixeldefend": (("art_pixeldefend.purifiers.PixelDefend", {"eps": eps}),),
-        "art-pixeldefend": ((ART_PIXELDEFEND, {"eps": eps}),),
-        "adaptive-pixeldefend": (
-            ("art_pixeldefend.purifiers.AdaptivePixelDefend", {"eps": eps, "threshold": "calibrated"}),
-        ),
-    }
-
-
-PAPER_ROWS = (
-    Row("resnet", "normal"),
-    Row("vgg", "normal"),
-    Row("resnet", "adversarial-fgsm"),
-    Row("resnet", "adversarial-bim"),
-    Row("resnet", "label-smoothing"),
-    Row("resnet", "normal", "feature-squeezing", "through"),
-    Row("resnet", "adversarial-fgsm", "feature-squeezing", "through"),
-    Row("resnet", "normal", "pixeldefend"),
-    Row("vgg", "normal", "pixeldefend"),
-    Row("resnet", "adversarial-fgsm", "pixeldefend"),
-    Row("resnet", "adversarial-fgsm", "adaptive-pixeldefend"),
-)
-# What the paper does not have: every defence under the other threat. PixelDefend runs at every attack step here, so
-# these rows have fewer images, and leave out CW, which takes hundreds of steps.
-SHORT = ("rand", "fgsm", "bim", "deepfool")
-CHEAP = ("rand", "fgsm", "bim")  # ART's class weighs all 256 levels of every sub-pixel
-OTHER_ROWS = (
-    Row("resnet", "normal", "feature-squeezing", "bare"),
-    Row("resnet", "adversarial-fgsm", "feature-squeezing", "bare"),
-    Row("resnet", "normal", "art-pixeldefend", "bare", CHEAP, 100),
-    Row("resnet", "normal", "art-pixeldefend", "through", CHEAP, 100),
-    Row("resnet", "normal", "pixeldefend", "through", SHORT, 250),
-    Row("vgg", "normal", "pixeldefend", "through", SHORT, 250),
-    Row("resnet", "adversarial-fgsm", "pixeldefend", "through", SHORT, 250),
-    Row("resnet", "adversarial-fgsm", "adaptive-pixeldefend", "through", SHORT, 250),
-)
-
-
-def per_radius(rows: Iterable[Row], radii: tuple[int, ...]) -> tuple[Row, ...]:
-    """Adversarial rows once for each radius, their classifier trained with that as delta (the paper's Table 1)."""
-    return tuple(
-        made
-        for row in rows
-        for made in ([replace(row, delta=eps, eps=(eps,)) for eps in radii] if row.adversarial else [row])
-    )
-
-
-GRIDS = {
-    "fashion-mnist": Grid(
-        "fashion-mnist",
-        per_radius(PAPER_ROWS + OTHER_ROWS, (8, 25)),
-        (8, 25),
-        defences=defences(32, 3),
-        pixel_cnn="fashion-mnist-40x5",
-        validation=500,
-        chunk=125,
-    ),
-    "cifar-10": Grid("cifar-10", PAPER_ROWS + OTHER_ROWS, (2, 8, 16), defences=defences(16, 5), pixel_cnn="cifar-10"),
-    # Embedded data, minutes: proves the whole path. A digit has 17 grey values, 16 levels apart, hence the radii.
-    "digits": Grid(
-        "digits",
-        PAPER_ROWS + tuple(replace(row, images=20) for row in OTHER_ROWS),
-        (40,),
-        defences=defences(56, 3),
-        pixel_cnn="digits",
-        recipe="digits",
-        steps=150,
-        sizes={"resnet": {"units": 1}, "vgg": {"width": 2}},
-        delta=20,
-        images=60,
-        validation=40,
-        chunk=20,
-    ),
-}
-
-
-PAPER_DELTAS = {("fashion-mnist", 25): 25}  # the others: 8
-
-
-@cache
-def paper_accuracies() -> Mapping[tuple[str, str, str, str, str, int], float]:
-    """The paper's percentages by (data set, network, training, defence, attack, eps)."""
-    with (Path(__file__).parent / "paper" / "tables.csv").open(newline="") as file:
-        return {_key(line): float(line["accuracy_percent"]) for line in csv.DictReader(file)}
-
-
-def _key(line: Mapping[str, str]) -> tuple[str, str, str, str, str, int]:
-    return (
-        line["dataset"], line["network"], line["training"], line["defence"], line["attack"], int(line["eps_attack"])
-    )  # fmt: skip
-
-
-def paper_accuracy(grid: Grid, row: Row, attack: str, eps: int) -> float | None:
-    """The paper's percentage, or None where it has none.
-
-    It attacks squeezed classifiers through, the others bare. It trains adversarially with delta 8, but for attacks
-    within 25 levels with delta 25.
-    """
-    if row.adversarial and grid.delta_of(row) != PAPER_DELTAS.get((grid.dataset, eps), 8):
-        return None
-    if row.threat != ("through" if row.defence == "feature-squeezing" else "bare"):
-        return None
-    return paper_accuracies().get((grid.dataset, row.network, row.training, row.defence, attack, eps))
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")

@@ -1,9 +1,8 @@
-"""ART preprocessors from plain data: an import path and arguments, one or several in turn."""
+"""ART preprocessors from plain data: import paths and arguments of one or several classes."""
 
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,15 +10,22 @@ import numpy as np
 from art.defences.preprocessor import Preprocessor
 
 Step = tuple[str, Mapping[str, Any]]  # import path of a preprocessor class, its arguments
+CALIBRATED = "{calibrated}"  # an argument that the defence's ``calibrate`` chooses
 
 
-class InTurn(Preprocessor):
-    """Several NumPy preprocessors, one after the other; ART's PyTorch classifier takes one such and no more.
+class Sequential(Preprocessor):
+    """Chain NumPy preprocessors; ART's ``PyTorchClassifier`` accepts only one.
 
-    The backward pass is theirs, the last one's first: the identity for those that are not differentiable.
+    The backward pass goes through the preprocessors in reverse; it is the identity for those without a gradient.
 
     Args:
         steps: the preprocessors.
+
+    Example:
+        >>> from art.defences.preprocessor import FeatureSqueezing, SpatialSmoothing
+        >>> squeezing = Sequential([FeatureSqueezing(clip_values=(0, 1), bit_depth=3), SpatialSmoothing(window_size=2)])
+        >>> squeezing(np.zeros((2, 8, 8, 1), np.float32))[0].dtype
+        dtype('float32')
     """
 
     params = ["steps"]
@@ -29,14 +35,14 @@ class InTurn(Preprocessor):
         self.steps = list(steps)
 
     def __call__(self, x: np.ndarray, y: Any | None = None) -> tuple[np.ndarray, Any | None]:
-        """``x`` (N, ...) through every step, in its own dtype: ART's feature squeezing makes float64 of float32."""
+        """Apply every step to ``x`` (N, ...); the dtype is kept, where ART's feature squeezing returns float64."""
         result = x
         for step in self.steps:
             result, y = step(result, y)
         return result.astype(x.dtype, copy=False), y
 
     def estimate_gradient(self, x: np.ndarray, grad: np.ndarray) -> np.ndarray:
-        """The gradient through every step, each at the images it saw."""
+        """Pass the gradient through every step, the last one first, each at its own input."""
         inputs = [x]
         for step in self.steps[:-1]:
             inputs.append(step(inputs[-1])[0])
@@ -45,40 +51,33 @@ class InTurn(Preprocessor):
         return grad
 
 
-def preprocessor(steps: Sequence[Step], **common: Any) -> Preprocessor | None:
-    """The preprocessor that ``steps`` describe, or None for none.
-
-    Args:
-        steps: import paths of preprocessor classes with their arguments.
-        common: arguments for every class that takes them and does not have them from its step.
+def preprocessor(steps: Sequence[Step]) -> Preprocessor | None:
+    """Return the preprocessor that ``steps`` describe, or None if there are none.
 
     Raises:
-        ValueError: for a path that leads to no class, or arguments that it does not take.
+        ValueError: for an import path without a class, or arguments that the class does not accept.
     """
-    made = [_one(path, arguments, common) for path, arguments in steps]
-    return made[0] if len(made) == 1 else InTurn(made) if made else None
+    made = [_one(path, arguments) for path, arguments in steps]
+    return made[0] if len(made) == 1 else Sequential(made) if made else None
 
 
-def takes(path: str) -> frozenset[str]:
-    """The names of the arguments of the class at an import path.
-
-    Raises:
-        ValueError: for a path that leads to nothing.
-    """
-    return frozenset(inspect.signature(_imported(path)).parameters)
+def is_placeholder(value: Any) -> bool:
+    """Whether an argument is a string in braces, such as ``"{name}"``."""
+    return isinstance(value, str) and value.startswith("{") and value.endswith("}")
 
 
-def _imported(path: str) -> Any:
+def placeholders(steps: Sequence[Step]) -> set[str]:
+    """Return the placeholders among the arguments of ``steps``."""
+    return {value for _, arguments in steps for value in arguments.values() if is_placeholder(value)}
+
+
+def _one(path: str, arguments: Mapping[str, Any]) -> Preprocessor:
     module, _, name = path.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)
+        kind = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"defence {path!r} cannot be imported: {error}") from None
-
-
-def _one(path: str, arguments: Mapping[str, Any], common: Mapping[str, Any]) -> Preprocessor:
-    shared = {key: value for key, value in common.items() if key in takes(path)}
     try:
-        return _imported(path)(**shared | dict(arguments))
+        return kind(**arguments)
     except TypeError as error:
         raise ValueError(f"defence {path!r}: {error}") from None

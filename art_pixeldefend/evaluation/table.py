@@ -1,4 +1,4 @@
-"""Tables: ours beside the paper's, with intervals."""
+"""Tables of accuracies with confidence intervals, beside published ones."""
 
 from __future__ import annotations
 
@@ -11,19 +11,10 @@ import numpy as np
 from scipy.stats import binomtest
 
 from art_pixeldefend.attacks import ATTACKS
-from art_pixeldefend.evaluation.grid import CLEAN, Cell, Grid, Row, paper_accuracy
+from art_pixeldefend.evaluation.grid import BLIND, CLEAN, WHITE_BOX, Cell, Grid, Row
 
 Results = Mapping[Cell, Mapping[str, Any]]
 STRONGEST, WORST_CASE = "strongest", "worst case"
-TITLES = {
-    "rand": "RAND", "fgsm": "FGSM", "bim": "BIM", "deepfool": "DeepFool", "deepfool-l2": "DeepFool (L2)", "cw": "CW",
-    "cw-art": "CW (ART)",
-}  # fmt: skip
-
-DEFENCE_NOTES = {
-    "art-pixeldefend": "ART's own class, which conditions on the attacked image where Algorithm 1 conditions on the "
-    "purified one; the overflow that stops it on NumPy 2 is worked around, nothing else",
-}
 
 
 def wilson(correct: int, count: int) -> tuple[float, float]:
@@ -35,10 +26,10 @@ def wilson(correct: int, count: int) -> tuple[float, float]:
 
 
 def entries(grid: Grid, results: Results) -> list[dict[str, Any]]:
-    """Every number of the table as a flat record, the derived columns among them.
+    """Return every number of the table as a flat record, including the derived columns.
 
-    ``strongest`` is the least accuracy of the row's attacks, as in the paper; ``worst case`` counts an image only if it
-    is right under all of them.
+    ``strongest`` is the accuracy under the row's strongest attack, as in the paper; ``worst case`` counts an image as
+    correct only if it is correct under all attacks.
     """
     records = []
     for row in grid.rows:
@@ -59,7 +50,8 @@ def _record(grid: Grid, row: Row, eps: int, column: str, result: Mapping[str, An
         "dataset": grid.dataset, "network": row.network, "training": row.training, "delta": grid.delta_of(row),
         "defence": row.defence, "threat": row.threat, "eps": eps, "column": column, "count": result.get("count", 0),
         "ours": result.get("accuracy_percent"), "low": None, "high": None,
-        "paper": paper_accuracy(grid, row, column, eps), "difference": None, "error": result.get("error", ""),
+        "paper": grid.paper(grid, row, column, eps) if grid.paper else None, "difference": None,
+        "error": result.get("error", ""),
     }  # fmt: skip
     if "interval_percent" in result:
         record["low"], record["high"] = result["interval_percent"]
@@ -70,7 +62,7 @@ def _record(grid: Grid, row: Row, eps: int, column: str, result: Mapping[str, An
 
 def _derived(grid: Grid, row: Row, eps: int, attacked: Results | Mapping[str, Any]) -> list[dict[str, Any]]:
     done = [result for result in attacked.values() if "right" in result]
-    if not done or len(done) < len(attacked):  # a minimum over fewer attacks would look better than it is
+    if not done or len(done) < len(attacked):  # the minimum over fewer attacks would be too high
         return []
     weakest = min(done, key=lambda result: result["accuracy_percent"])
     right = [set(flags) == {"1"} for flags in zip(*(result["right"] for result in done), strict=True)]
@@ -81,7 +73,7 @@ def _derived(grid: Grid, row: Row, eps: int, attacked: Results | Mapping[str, An
 
 
 def comma_separated(grid: Grid, results: Results) -> str:
-    """The table as CSV, a number a line, all in percent."""
+    """Return the table as CSV with one number per line, in percent."""
     records = entries(grid, results)
     file = io.StringIO()
     writer = csv.DictWriter(file, fieldnames=list(records[0]) if records else ["dataset"], lineterminator="\n")
@@ -93,7 +85,7 @@ def comma_separated(grid: Grid, results: Results) -> str:
 
 
 def markdown(grid: Grid, results: Results) -> str:
-    """The table as Markdown: for each radius ours, with the paper's and the difference where it has one."""
+    """Return the table as Markdown, one part per radius, with the paper's numbers where there are any."""
     records = entries(grid, results)
     names = [CLEAN, *(a for a in ATTACKS if any(record["column"] == a for record in records)), STRONGEST, WORST_CASE]
     lines = []
@@ -111,11 +103,12 @@ def markdown(grid: Grid, results: Results) -> str:
 
 
 def _header(names: list[str]) -> str:
-    return "| classifier, training, defence | attacked | " + " | ".join(TITLES.get(name, name) for name in names) + " |"
+    titles = [ATTACKS[name].title if name in ATTACKS else name for name in names]
+    return "| classifier, training, defence | threat | " + " | ".join(titles) + " |"
 
 
 def title(row: Row) -> str:
-    """A row's classifier, in words."""
+    """Return a row's classifier in words."""
     return f"{row.network}, {row.training}" + ("" if row.delta is None else f" (delta {row.delta:g})")
 
 
@@ -133,18 +126,25 @@ def _shown(record: Mapping[str, Any] | None) -> str:
     return ours if record["paper"] is None else f"{ours} ({record['paper']:.0f}, {record['difference']:+.1f})"
 
 
+THREAT_NOTES = {
+    BLIND: "the attacks see the classifier without the defence. The accuracy says nothing about an attacker who knows "
+    "of the defence.",
+    WHITE_BOX: "the attacks see classifier and defence, with the identity as the gradient of a defence that has none "
+    "(BPDA). The accuracy is an upper bound: a stronger attack may find more.",
+}
+
+
 def _notes(grid: Grid, results: Results) -> list[str]:
-    """What one has to know to read the numbers."""
+    """Return what readers need to know about the numbers, as a Markdown list."""
     done = [result for result in results.values() if "count" in result]
     width = max((np.abs(np.subtract(r["interval_percent"], r["accuracy_percent"])).max() for r in done), default=0.0)
-    notes = [
-        "Accuracy in percent: **ours** (the paper's, ours minus the paper's).",
-        f"95% intervals (Wilson) are at most {width:.1f} points to either side; each is in the CSV file.",
-        "*bare*: the attacks see the classifier only. *through*: they see classifier and defence, with the identity as "
-        "the gradient of what has none (BPDA). The paper attacks feature squeezing through and PixelDefend bare.",
-        "*strongest* is the least of the row, as in the paper; *worst case* counts images that are right under all "
-        "attacks.",
-    ]
+    notes = ["Accuracy in percent" + (": **ours** (the paper's, ours minus the paper's)." if grid.paper else ".")]
+    notes.append(f"95% intervals (Wilson) are at most {width:.1f} points to either side; each is in the CSV file.")
+    notes += [f"*{name}*: {note}" for name, note in THREAT_NOTES.items() if any(r.threat == name for r in grid.rows)]
+    notes.append(
+        "*strongest* is the least accuracy of the row; *worst case* counts images that are classified correctly under "
+        "all attacks."
+    )
     counts: dict[int, list[str]] = {}
     for cell, result in results.items():
         if "count" in result:
@@ -154,17 +154,14 @@ def _notes(grid: Grid, results: Results) -> list[str]:
         notes.append(f"The first {count} test images: {which}.")
     for name, entry in ATTACKS.items():
         if entry.note and any(cell.attack == name for cell in results):
-            notes.append(f"{TITLES[name]}: {entry.note}.")
-    for name, note in DEFENCE_NOTES.items():
+            notes.append(f"{entry.title}: {entry.note}.")
+    for name, note in grid.notes.items():
         if any(row.defence == name for row in grid.rows):
             notes.append(f"{name}: {note}.")
     if any(row.delta is not None for row in grid.rows):
-        notes.append(
-            "*delta*: radii in adversarial training were |N(0, delta)|, in levels; the paper trained a classifier for "
-            "each radius of attack, with that as delta."
-        )
+        notes.append("*delta*: the radii in adversarial training were |N(0, delta)|, in levels.")
     short = [row.name for row in grid.rows if set(grid.attacks_of(row)) < set(grid.attacks)]
     if short:
-        notes.append(f"Fewer attacks, so *strongest* and *worst case* are over fewer: {', '.join(short)}.")
+        notes.append(f"*strongest* and *worst case* are over fewer attacks in {', '.join(short)}.")
     failed = [f"{cell.name}: {r['error'].splitlines()[0]}" for cell, r in results.items() if r.get("error")]
     return [f"- {note}" for note in notes + [f"failed: {line}" for line in failed]]

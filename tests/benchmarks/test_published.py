@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import typer
 
-from art_pixeldefend.evaluation import drawing
-from art_pixeldefend.evaluation.grid import GRIDS, Grid, Row, defences
+from art_pixeldefend.evaluation.grid import Grid, Row
+from art_pixeldefend.evaluation.paper import drawing
+from art_pixeldefend.evaluation.paper.grids import GRIDS, defences
 
 ADAPTIVE = Row("vgg", "normal", "adaptive-pixeldefend")
 TINY = Grid(
-    "digits", (Row("vgg"), ADAPTIVE), eps=(40,), attacks=("fgsm",), defences=defences(56, 3), pixel_cnn="digits",
+    "digits", (Row("vgg"), ADAPTIVE), eps=(40,), attacks=("fgsm",), defences=defences(56, 3),
+    models={"pixel_cnn": "digits"},
     recipe="digits", steps=2, sizes={"vgg": {"width": 2}}, images=4, validation=4, chunk=4,
 )  # fmt: skip
 
@@ -64,7 +66,7 @@ def test_a_classifier_that_cannot_be_trained_is_tried_once_for_run_and_table(pub
 
 def test_a_density_model_that_is_not_there_is_refused_before_the_work_is_done(published, tmp_path):
     with pytest.raises(FileNotFoundError, match="--pixel-cnn"):
-        publish(published, tmp_path, replace(TINY, pixel_cnn="no/such.safetensors"))
+        publish(published, tmp_path, replace(TINY, models={"pixel_cnn": "no/such.safetensors"}))
     assert not list(tmp_path.iterdir())
 
 
@@ -129,18 +131,18 @@ def test_commands_are_shown_without_places(published, monkeypatch, given, shown)
 
 def test_a_tables_options_change_its_grid(published):
     grid = published.table_grid(
-        "fashion-mnist", chunk=9, fewer=["/pixeldefend/through=7"], shorter=["vgg/normal/none/bare=3"]
+        "fashion-mnist", chunk=9, fewer=["/pixeldefend/white-box=7"], shorter=["vgg/normal/none=3"]
     )
     before = GRIDS["fashion-mnist"]
-    assert (grid.chunk, grid.pixel_cnn) == (9, before.pixel_cnn)
+    assert (grid.chunk, grid.models) == (9, before.models)
     fewer = {row.name for row, old in zip(grid.rows, before.rows, strict=True) if row.images != old.images}
-    assert fewer == {row.name for row in before.rows if row.name.endswith("/pixeldefend/through")} != set()
-    assert [row.name for row in grid.rows if row.steps == 3] == ["vgg/normal/none/bare"]
+    assert fewer == {row.name for row in before.rows if row.name.endswith("/pixeldefend/white-box")} != set()
+    assert [row.name for row in grid.rows if row.steps == 3] == ["vgg/normal/none"]
 
 
 @pytest.mark.parametrize("option", ["fewer", "shorter"])
 @pytest.mark.parametrize(
-    "choice", ["pixeldefnd/through=100", "100", "=100", "none/bare=", "none/bare=0", "none/bare=x"]
+    "choice", ["pixeldefnd/white-box=100", "100", "=100", "normal/none=", "normal/none=0", "normal/none=x"]
 )
 def test_a_change_of_no_row_or_to_nothing_is_refused(published, option, choice):
     with pytest.raises(typer.BadParameter, match=f"--{option} must"):

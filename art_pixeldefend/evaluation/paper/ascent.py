@@ -1,4 +1,4 @@
-"""Purification by following the density model's gradient, which greedy decoding is compared with (Figure 5)."""
+"""Figure 5: purification by gradient ascent on the likelihood, compared with greedy decoding."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from scipy.optimize import minimize
 
-from art_pixeldefend.attacks.budget import LEVELS, to_levels
 from art_pixeldefend.evaluation import figures
-from art_pixeldefend.evaluation.drawing import drawn_row
 from art_pixeldefend.evaluation.grid import Cell
+from art_pixeldefend.evaluation.paper.drawing import drawn_row
+from art_pixeldefend.evaluation.paper.grids import DENSITY_MODEL
+from art_pixeldefend.evaluation.paper.likelihoods import density_model
 from art_pixeldefend.evaluation.stages import Stages
-from art_pixeldefend.evaluation.store import UNIT
 from art_pixeldefend.files import write_atomically
+from art_pixeldefend.levels import TOP, to_levels
 from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
 from art_pixeldefend.models.pixelcnnpp.layers import kept_weights
 from art_pixeldefend.processes import ProcessGroup, process_group
@@ -29,10 +30,10 @@ METHOD = "L-BFGS-B"
 
 
 def bits_and_gradient(pixel_cnn: PixelCNNpp, x: np.ndarray) -> tuple[float, np.ndarray]:
-    """Bits per dimension of a real-valued image (C, H, W) in 0..255, and its gradient, in bits per level.
+    """Return the bits per dimension of a real-valued image (C, H, W) in 0..255, and its gradient in bits per level.
 
-    A value z has the mass of the model between z - 1/2 and z + 1/2, open-ended at 0 and 255: on levels it is what
-    ``bits_per_dim`` gives.
+    The probability of a value z is the model's mass between z - 1/2 and z + 1/2, open-ended at 0 and 255. On integer
+    levels this equals ``bits_per_dim``.
     """
     image = torch.tensor(x[None], dtype=pixel_cnn.dtype, device=pixel_cnn.device, requires_grad=True)
     with pixel_cnn.evaluating():
@@ -45,19 +46,19 @@ def bits_and_gradient(pixel_cnn: PixelCNNpp, x: np.ndarray) -> tuple[float, np.n
 def ascend(
     pixel_cnn: PixelCNNpp, x: np.ndarray, eps: int, *, seed: int = 0, iterations: int | None = None
 ) -> tuple[np.ndarray, int]:
-    """The likeliest image that SciPy's L-BFGS-B finds around ``x`` from one random start (section 4.1).
+    """Search for the most likely image around ``x`` with SciPy's L-BFGS-B from one random start (section 4.1).
 
     Args:
         pixel_cnn: the density model.
         x: levels (C, H, W), uint8.
         eps: radius in levels; the start is uniform in the ball.
         seed: of the start.
-        iterations: at most so many; SciPy's own limit by default.
+        iterations: most iterations; SciPy's own limit by default.
 
     Returns:
-        Levels (C, H, W), uint8, rounded in the end; and how often the model was asked.
+        Levels (C, H, W), uint8, rounded at the end; and the number of evaluations of the model.
     """
-    low, high = (np.clip(x.astype(np.float64) + change, 0, LEVELS - 1) for change in (-eps, eps))
+    low, high = (np.clip(x.astype(np.float64) + change, 0, TOP) for change in (-eps, eps))
     start = np.random.default_rng(seed).uniform(low, high)
 
     def objective(values: np.ndarray) -> tuple[float, np.ndarray]:
@@ -79,42 +80,42 @@ def figure_5(
     starts: int = 100,
     iterations: int | None = None,
 ) -> dict[str, Any]:
-    """Bits per dimension of the first test images: clean, under FGSM, decoded greedily, and after L-BFGS-B.
+    """Draw the bits per dimension of test images: clean, under FGSM, decoded greedily, and after L-BFGS-B.
 
-    Every image's results are kept in the grid's store; under ``torchrun`` the processes share the images out.
+    Every image's results are stored with the grid's; under ``torchrun`` the processes share the images out.
 
     Args:
-        stages: of a grid with a bare PixelDefend row; FGSM has a radius of 8 levels, or the row's first.
-        path: of the figure (PNG and PDF without an ending), with the numbers beside it as JSON.
-        images: the paper: 10.
-        starts: of L-BFGS-B for each image (the paper: 100).
-        iterations: most of one start; SciPy's own limit by default, as in the paper.
+        stages: of a grid with a blind PixelDefend row; FGSM has a radius of 8 levels, or the row's first.
+        path: of the figure (PNG and PDF without an ending); the numbers are written beside it as JSON.
+        images: the first so many test images (the paper: 10).
+        starts: random starts of L-BFGS-B per image (the paper: 100).
+        iterations: most iterations of one start; SciPy's own limit by default, as in the paper.
 
     Returns:
         The numbers.
 
     Raises:
-        ValueError: if the grid has no bare PixelDefend row, or its chunks hold fewer images.
+        ValueError: if the grid has no blind PixelDefend row, or its chunks hold fewer images.
     """
     row, chunk = drawn_row(stages.grid), min(stages.grid.chunk, len(stages.data.x_test))
     if row is None or not 0 < images <= chunk:
-        raise ValueError(f"images must be between 1 and {chunk}, of a grid with a bare pixeldefend row, got {images}")
+        raise ValueError(f"images must be between 1 and {chunk}, of a grid with a blind pixeldefend row, got {images}")
     radii = stages.grid.eps_of(row)
     eps = EPS if EPS in radii else radii[0]
     cell = Cell(row, ATTACK, eps)
     group = process_group()
-    if group.rank == 0:  # the others then read what it made
+    if group.rank == 0:  # the others read what it stores
         stages.defended(cell, 0, chunk)
     group.wait()
-    # The grid's own chunk: its attacked and purified images may be there already.
+    # The grid's own chunk: its images may be stored already.
     kinds = {
         "clean": stages.clean(0, chunk),
         "FGSM": stages.attacked(cell, 0, chunk),
         "greedy decoding": stages.defended(cell, 0, chunk),
     }
-    levels = {name: to_levels(some[:images], UNIT) for name, some in kinds.items()}
+    levels = {name: to_levels(some[:images]) for name, some in kinds.items()}
     searched = _searched(stages, cell, levels["FGSM"], starts, iterations, group)
-    bits = {name: stages.pixel_cnn.bits_per_dim(some).tolist() for name, some in levels.items()}
+    bits = {name: density_model(stages).bits_per_dim(some).tolist() for name, some in levels.items()}
     numbers = _numbers(bits, searched) | {
         "eps_attack": eps, "eps_defend": _eps_defend(stages, cell), "images": images, "starts": starts,
         "iterations": iterations, "paper": {"images": 10, "starts": 100},
@@ -134,22 +135,21 @@ def _eps_defend(stages: Stages, cell: Cell) -> int:
 def _searched(
     stages: Stages, cell: Cell, attacked: np.ndarray, starts: int, iterations: int | None, group: ProcessGroup
 ) -> list[dict[str, Any]]:
-    """For every image the bits per dimension where each start ended, and how often the model was asked."""
+    """Return, for every image, each start's final bits per dimension, evaluations of the model, and seconds."""
     shared: dict[str, Any] = {
         "attack": stages.attack_key(cell, 0, stages.grid.chunk),
-        "pixel_cnn": stages.pixel_cnn_key,
+        "density_model": stages.fingerprint(DENSITY_MODEL),
     }
+    model = density_model(stages)
     shared |= {"eps": _eps_defend(stages, cell), "iterations": iterations}
 
     def one(i: int, start: int) -> dict[str, Any]:
         key = shared | {"image": i, "start": start}
         if (kept := stages.store.read("ascent", key)) is None:
             began = time.perf_counter()
-            # Seeds of their own, so that further starts add to those there are.
-            found, asked = ascend(
-                stages.pixel_cnn, attacked[i], shared["eps"], seed=100_000 * i + start, iterations=iterations
-            )
-            bits = float(stages.pixel_cnn.bits_per_dim(found[None]))
+            # A seed for each start, so that more starts reuse the earlier ones.
+            found, asked = ascend(model, attacked[i], shared["eps"], seed=100_000 * i + start, iterations=iterations)
+            bits = float(model.bits_per_dim(found[None]))
             kept = {"bits_per_dim": bits, "evaluations": asked, "seconds": round(time.perf_counter() - began, 2)}
             stages.store.write("ascent", key, kept)
         return kept
@@ -162,7 +162,7 @@ def _searched(
 
 
 def _numbers(bits: dict[str, list[float]], searched: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the figure shows, in numbers."""
+    """Return the numbers behind the figure."""
     ends = np.array([image["bits_per_dim"] for image in searched])
     attacked, greedy = (np.array(bits[name])[:, None] for name in ("FGSM", "greedy decoding"))
     mean = {name: float(np.mean(values)) for name, values in bits.items()} | {METHOD: float(ends.mean())}

@@ -1,8 +1,16 @@
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from art_pixeldefend import datasets
+from art_pixeldefend.evaluation.grid import Row
+from art_pixeldefend.evaluation.paper import ascent
 from art_pixeldefend.evaluation.paper.ascent import ascend, bits_and_gradient
+from art_pixeldefend.evaluation.stages import Stages
+from art_pixeldefend.evaluation.store import Store
 
 
 @pytest.mark.parametrize("image_shape", [(1, 5, 7), (3, 4, 4)])
@@ -43,3 +51,32 @@ def test_the_models_own_gradients_are_left_alone(make_model):
     bits_and_gradient(model, np.full((1, 5, 7), 99.0))
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.is_grad_enabled()
+
+
+@pytest.fixture(scope="module")
+def figure_5(tmp_path_factory, tiny):
+    row = Row("vgg", "normal", "pixeldefend")
+    grid = replace(tiny, rows=(row,), images=8, attacks=("fgsm",))
+    folder = tmp_path_factory.mktemp("figure")
+    stages, path = Stages(grid, datasets.load("digits"), Store(folder / "store")), folder / "figure5"
+    return stages, path, ascent.figure_5(stages, path, images=2, starts=3, iterations=4)
+
+
+def test_figure_5_has_every_end_point(figure_5):
+    _, path, numbers = figure_5
+    assert np.shape(numbers["bits_per_dim"]["L-BFGS-B"]) == (2, 3)
+    assert all(len(numbers["bits_per_dim"][name]) == 2 for name in ("clean", "FGSM", "greedy decoding"))
+    assert numbers["mean_bits_per_dim"]["greedy decoding"] < numbers["mean_bits_per_dim"]["FGSM"]
+    assert json.loads(path.with_suffix(".json").read_text()) == numbers
+    assert path.with_suffix(".png").is_file() and path.with_suffix(".pdf").is_file()
+
+
+def test_figure_5_keeps_what_it_found(figure_5, monkeypatch, tmp_path):
+    stages, _, numbers = figure_5
+    monkeypatch.setattr(ascent, "ascend", lambda *args, **kwargs: 1 / 0)
+    assert ascent.figure_5(stages, tmp_path / "again", images=2, starts=3, iterations=4) == numbers
+
+
+def test_figure_5_refuses_more_images_than_a_chunk(figure_5, tmp_path):
+    with pytest.raises(ValueError, match="images"):
+        ascent.figure_5(figure_5[0], tmp_path / "figure", images=9)

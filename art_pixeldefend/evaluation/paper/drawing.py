@@ -1,4 +1,4 @@
-"""The figures of a finished grid: strips, likelihoods, p-values, ROC curves, and the numbers in them."""
+"""The paper's figures for a finished grid: strips, likelihoods, p-values, ROC curves, and the numbers in them."""
 
 from __future__ import annotations
 
@@ -13,33 +13,31 @@ from typing import Any
 
 import numpy as np
 
-from art_pixeldefend.attacks.budget import to_levels
+from art_pixeldefend.attacks import ATTACKS
 from art_pixeldefend.detectors.conformal import conformal_p_values
 from art_pixeldefend.evaluation import figures
-from art_pixeldefend.evaluation.grid import CLEAN, Cell, Grid, Row
+from art_pixeldefend.evaluation.grid import BLIND, CLEAN, Cell, Grid, Row
+from art_pixeldefend.evaluation.paper.appendix_a import appendix_a
+from art_pixeldefend.evaluation.paper.likelihoods import density_model, reference_scores, scores
 from art_pixeldefend.evaluation.stages import Stages
-from art_pixeldefend.evaluation.store import UNIT
-from art_pixeldefend.evaluation.table import TITLES
 from art_pixeldefend.files import write_atomically
+from art_pixeldefend.levels import to_levels
 from art_pixeldefend.processes import ProcessGroup
 
 DEFENCE = "pixeldefend"
-NOISE = TITLES["rand"]
+NOISE = ATTACKS["rand"].title
 CONTROL = "clean (control)"
 KINDS = ("strips", "likelihoods", "p-values", "roc")  # of figures, one for each radius
-PAPER_THRESHOLDS = {"cifar-10": 4.5}  # bits per dimension, Appendix A
-PAPER_SHARE = 175 / 10_000
 REFERENCE = 1000  # p-values compare with at most this many images
 
 
 def draw(stages: Stages, folder: str | PathLike[str], *, shown: int = 10, samples: int = 50) -> list[Path]:
-    """Figures of the grid's first bare PixelDefend row, one of each kind for each radius.
+    """Draw the figures of the grid's first blind PixelDefend row, one of each kind for each radius.
 
     ``strips-EPS`` (the paper's Figures 4, 10 and 11), ``likelihoods-EPS`` (2), ``p-values-EPS`` (3 and 7) and
     ``roc-EPS`` (6), and once ``samples`` (8 and 9), each as PNG and PDF; and ``detection.json`` with areas under the
-    curve, mean bits per dimension and the counts of Appendix A. Attacked and purified images that the grid has not
-    computed yet are computed, and likelihoods that :func:`score` has not. Figure 5 takes long and is drawn by
-    :func:`ascent.figure_5`.
+    curve, mean bits per dimension and the counts of Appendix A. Images and likelihoods that are not stored yet are
+    computed. Figure 5 takes long and is drawn by :func:`ascent.figure_5`.
 
     P-values compare with calibration images. ROC curves tell attacked from clean test images; the control curve tells
     the calibration images from them. If the grid's ``reference`` is "training", both compare with training images, as
@@ -61,25 +59,25 @@ def draw(stages: Stages, folder: str | PathLike[str], *, shown: int = 10, sample
     numbers = {str(eps): _of_radius(stages, row, eps, folder, shown) for eps in stages.grid.eps_of(row)}
     drawn = {
         "test images": stages.splits["test"][0][:samples],
-        "drawn from the density model": stages.pixel_cnn.sample(samples, seed=stages.grid.seed).cpu().numpy(),
+        "drawn from the density model": density_model(stages).sample(samples, seed=stages.grid.seed).cpu().numpy(),
     }
     figures.sample_sheets(folder / "samples", drawn)
-    compared = {"images": stages.grid.reference, "count": len(stages.reference_scores(REFERENCE))}
+    compared = {"images": stages.grid.reference, "count": len(reference_scores(stages, REFERENCE))}
     write_atomically(folder / "detection.json", json.dumps({"reference": compared, "eps": numbers}, indent=1) + "\n")
     names = ["samples", *(f"{kind}-{eps}" for kind in KINDS for eps in numbers)]
     return [folder / "detection.json", *(folder / f"{name}.{ending}" for name in names for ending in ("png", "pdf"))]
 
 
 def score(stages: Stages, group: ProcessGroup) -> None:
-    """The likelihoods that :func:`draw` needs, each by one process: they take longer than all else in it."""
+    """Compute the likelihoods that :func:`draw` needs, shared out among the processes."""
     row = drawn_row(stages.grid)
     if row is None:
         return
-    work: list[Callable[[], np.ndarray]] = [partial(stages.reference_scores, REFERENCE)]
+    work: list[Callable[[], np.ndarray]] = [partial(reference_scores, stages, REFERENCE)]
     for eps in stages.grid.eps_of(row):
         for cells in _cells(stages, row, eps).values():
             work += [
-                partial(stages.scores, cell, start, size) for cell in cells for start, size in _chunks(stages, row)
+                partial(scores, stages, cell, start, size) for cell in cells for start, size in _chunks(stages, row)
             ]
     for compute in group.shard(work):
         compute()
@@ -87,8 +85,8 @@ def score(stages: Stages, group: ProcessGroup) -> None:
 
 
 def drawn_row(grid: Grid) -> Row | None:
-    """The row that :func:`draw` is about, if the grid has one."""
-    return next((row for row in grid.rows if row.defence == DEFENCE and row.threat == "bare"), None)
+    """Return the row that :func:`draw` shows, if the grid has one."""
+    return next((row for row in grid.rows if row.defence == DEFENCE and row.threat == BLIND), None)
 
 
 def check_reference(stages: Stages) -> None:
@@ -100,7 +98,7 @@ def check_reference(stages: Stages) -> None:
     row = drawn_row(stages.grid)
     if row is None or stages.grid.reference == "training" or stages.count(row) <= stages.most_reported:
         return
-    if stages.count(row) > (most := len(stages.data.test(stages.pixel_cnn).x)):
+    if stages.count(row) > (most := len(stages.data.test(density_model(stages)).x)):
         raise ValueError(
             f"images of {row.name} must be at most {most} where figures are drawn, whose p-values compare with the "
             f"other test images, got {stages.count(row)}"
@@ -108,21 +106,23 @@ def check_reference(stages: Stages) -> None:
 
 
 def _of_radius(stages: Stages, row: Row, eps: int, folder: Path, shown: int) -> dict[str, Any]:
-    """The figures of one radius, and their numbers."""
-    cells, reference = _cells(stages, row, eps), stages.reference_scores(REFERENCE)
+    """Draw the figures of one radius and return their numbers."""
+    cells, reference = _cells(stages, row, eps), reference_scores(stages, REFERENCE)
     before, after = ({n: _of_chunks(stages.defended, stages, pair[i]) for n, pair in cells.items()} for i in (0, 1))
-    scores = [{n: _of_chunks(stages.scores, stages, pair[i]) for n, pair in cells.items()} for i in (0, 1)]
-    p_values, p_purified = ({n: conformal_p_values(-s, -reference) for n, s in some.items()} for some in scores)
+    likelihoods = [
+        {n: _of_chunks(partial(scores, stages), stages, pair[i]) for n, pair in cells.items()} for i in (0, 1)
+    ]
+    p_values, p_purified = ({n: conformal_p_values(-s, -reference) for n, s in some.items()} for some in likelihoods)
     nats = -math.log(2) * math.prod(stages.data.image_shape)  # of a bit per dimension
-    bits = {name: [scores[i][name] / nats for i in (0, 1)] for name in cells}
+    bits = {name: [likelihoods[i][name] / nats for i in (0, 1)] for name in cells}
     _strips(stages, row, before, after, folder / f"strips-{eps}", shown)
     y = stages.data.y_test[: len(before[CLEAN])]
-    predict = stages.classifier(row, False).predict
+    predict = stages.classifier(row).predict
     errors = {name: float((predict(x).argmax(axis=1) != y).mean()) for name, x in before.items()}
     figures.likelihood_densities(folder / f"likelihoods-{eps}", {name: b[0] for name, b in bits.items()}, errors)
     figures.p_value_histograms(folder / f"p-values-{eps}", p_values, p_purified, bins=25)
-    attacked, purified = ({n: s for n, s in some.items() if n != CLEAN} for some in scores)
-    negatives, control = scores[0][CLEAN], reference
+    attacked, purified = ({n: s for n, s in some.items() if n != CLEAN} for some in likelihoods)
+    negatives, control = likelihoods[0][CLEAN], reference
     if stages.grid.reference == "training":
         negatives, control = control, negatives
     areas = figures.roc_curves(folder / f"roc-{eps}", negatives, {CONTROL: control, **attacked}, purified)
@@ -138,67 +138,31 @@ def _of_radius(stages: Stages, row: Row, eps: int, folder: Path, shown: int) -> 
     )
 
 
-def appendix_a(
-    dataset: str, clean: np.ndarray, noisy: np.ndarray, clean_error: float, noisy_error: float
-) -> dict[str, float | int | str]:
-    """How many test images lie above a threshold of bits per dimension, as they are and with random noise (Appendix A).
-
-    The paper's threshold is 4.5 on CIFAR-10, above which it found 175 of 10,000 test images, and 9,874 with noise. For
-    other data it is taken where as large a part of the clean images, 1.75%, lies above it. A classifier that answers at
-    random above the threshold is as good as before, but random noise is enough to fool it.
-
-    Args:
-        dataset: its name.
-        clean, noisy: bits per dimension (N,) of the same images.
-        clean_error, noisy_error: the classifier's error on them, 0..1.
-
-    Returns:
-        Threshold, counts, and that classifier's expected accuracies in percent.
-    """
-    known = PAPER_THRESHOLDS.get(dataset)
-    threshold = float(np.quantile(clean, 1 - PAPER_SHARE)) if known is None else known
-    above = {"clean": int((clean > threshold).sum()), "noisy": int((noisy > threshold).sum())}
-    # As the paper reckons: right with the classifier's accuracy below the threshold, one time in ten above it.
-    fooled = {
-        kind: 100 * float((1 - error) * (1 - above[kind] / len(clean)) + 0.1 * above[kind] / len(clean))
-        for kind, error in (("clean", clean_error), ("noisy", noisy_error))
-    }
-    return {
-        "threshold_bits_per_dim": threshold,
-        "threshold": "the paper's" if known is not None else "1.75% of the clean images are above, as in the paper",
-        "images": len(clean),
-        "above": above["clean"],
-        "above_with_noise": above["noisy"],
-        "accuracy_at_random_above_percent": fooled["clean"],
-        "accuracy_at_random_above_with_noise_percent": fooled["noisy"],
-    }
-
-
 def _cells(stages: Stages, row: Row, eps: int) -> dict[str, tuple[Cell, Cell]]:
-    """The row's cells of a radius by their columns' titles, each without the defence and with it."""
-    names = {CLEAN: (CLEAN, 0)} | {TITLES[name]: (name, eps) for name in stages.grid.attacks_of(row)}
+    """Return the row's cells of one radius by the title of the attack, each without the defence and with it."""
+    names = {CLEAN: (CLEAN, 0)} | {ATTACKS[name].title: (name, eps) for name in stages.grid.attacks_of(row)}
     return {title: (Cell(replace(row, defence="none"), *of), Cell(row, *of)) for title, of in names.items()}
 
 
 def _chunks(stages: Stages, row: Row) -> list[tuple[int, int]]:
-    """Start and size of each, as the runner has them."""
+    """Return start and size of each chunk."""
     count, chunk = stages.count(row), stages.grid.chunk
     return [(start, min(chunk, count - start)) for start in range(0, count, chunk)]
 
 
 def _of_chunks(of: Callable[[Cell, int, int], np.ndarray], stages: Stages, cell: Cell) -> np.ndarray:
-    """All of a cell's images, or of their scores."""
+    """Return all of a cell's images, or all of their scores."""
     return np.concatenate([of(cell, start, size) for start, size in _chunks(stages, cell.row)])
 
 
 def _strips(stages: Stages, row: Row, before: dict, after: dict, path: Path, shown: int) -> None:
-    """For each attack a strip of attacked images above one of purified ones, with what the classifier says of them."""
+    """Draw strips of attacked images above purified ones, with the classifier's predictions."""
     strips, labels = {}, {}
-    classifier, names = stages.classifier(row, False), stages.data.classes
+    classifier, names = stages.classifier(row), stages.data.classes
     for attack in before:
         for kind, images in ((attack, before[attack]), ("purified", after[attack])):
             name = kind if kind == attack else f"{attack},\npurified"
-            strips[name] = to_levels(images[:shown], UNIT)
+            strips[name] = to_levels(images[:shown])
             labels[name] = [names[i] for i in classifier.predict(images[:shown]).argmax(axis=1)]
     truth = stages.data.y_test[: len(labels[CLEAN])]  # there may be fewer than that many
     figures.image_strips(path, strips, labels, [names[i] for i in truth])

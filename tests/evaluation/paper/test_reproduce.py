@@ -1,0 +1,43 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from art_pixeldefend import datasets
+from art_pixeldefend.evaluation.grid import Row
+from art_pixeldefend.evaluation.paper import ascent, drawing
+from art_pixeldefend.evaluation.paper.grids import GRIDS
+from art_pixeldefend.evaluation.paper.reproduce import reproduce
+from art_pixeldefend.evaluation.stages import Stages
+from art_pixeldefend.evaluation.store import Store
+
+
+def test_starts_without_a_row_for_figure_5_are_refused_before_the_work_is_done(tmp_path, tiny):
+    with pytest.raises(ValueError, match="starts"):
+        reproduce(tiny, tmp_path, starts=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_figures_of_the_images_that_they_compare_with_are_refused_before_any_work(tmp_path, tiny):
+    grid = replace(tiny, rows=(Row("vgg", "normal", "pixeldefend"),), images=201)
+    with pytest.raises(ValueError, match=r"^images of vgg/normal/pixeldefend/blind must be at most 200"):
+        reproduce(grid, tmp_path)
+    assert not list(tmp_path.iterdir())
+    drawing.check_reference(Stages(replace(grid, reference="training"), datasets.load("digits"), Store(tmp_path)))
+
+
+def test_a_grid_draws_figure_5_if_it_is_told_how_many_starts(tmp_path, monkeypatch, tiny):
+    monkeypatch.setattr(ascent, "ascend", lambda pixel_cnn, x, *args, **kwargs: (x, 1))
+    grid = replace(tiny, rows=(Row("vgg", "normal", "pixeldefend"),), eps=(8, 40), attacks=("fgsm",), images=4, steps=2)
+    reproduce(grid, tmp_path, starts=2, verbose=False)
+    numbers = json.loads((tmp_path / "figures" / "figure5.json").read_text())
+    assert (numbers["images"], numbers["starts"], numbers["eps_attack"]) == (4, 2, 8)
+    assert (tmp_path / "figures" / "figure5.png").is_file()
+
+
+def test_every_row_of_the_digits_grid_runs_from_an_empty_folder(tmp_path):
+    grid = replace(GRIDS["digits"], steps=3, images=3, validation=4)
+    text = reproduce(grid, tmp_path, attacks="rand,fgsm", verbose=False)
+    assert "failed" not in text
+    lines = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    assert len(lines) == len(grid.rows) and all(line.count("**") == 2 * 5 for line in lines)
