@@ -24,3 +24,8 @@ def test_examples_print_what_they_show(module, tmp_path, monkeypatch):
     torch.manual_seed(0)
     found = doctest.testmod(importlib.import_module(module.removesuffix(".__init__")), optionflags=OPTIONS)
     assert found.attempted and not found.failed
+
+
+@pytest.mark.parametrize("name", art_pixeldefend.__all__)
+def test_every_public_name_has_an_example(name):
+    assert ">>> " in getattr(art_pixeldefend, name).__doc__

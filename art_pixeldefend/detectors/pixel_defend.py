@@ -33,6 +33,9 @@ class PixelDefendDetector(EvasionDetector):
     exchangeable with the N calibration images and that the density model was not trained on: on average over
     calibration sets. For one of them it varies by about sqrt(alpha (1 - alpha) / N).
 
+    Images saved as JPEG or with noise of one level are less likely than clean ones, and flagged more often. Constant
+    images are likely, and hardly ever flagged. ``benchmarks/README.md`` has the numbers.
+
     The paper compares with the model's training images instead (``fit(..., reference="training")``). Models find those
     likelier than new images, so more clean images than ``alpha`` are flagged.
 

@@ -36,6 +36,14 @@ class PixelCNNpp(ImageModel):
 
     Raises:
         ValueError: naming the argument that is not a positive integer, or not a probability.
+
+    Example:
+        >>> from art_pixeldefend import PixelCNNpp, datasets
+        >>> model = PixelCNNpp.from_pretrained("digits")
+        >>> model.bits_per_dim(datasets.load("digits").x_test[:4]).shape
+        torch.Size([4])
+        >>> model.sample(2).shape
+        torch.Size([2, 1, 8, 8])
     """
 
     kind = "pixelcnnpp"

@@ -112,6 +112,15 @@ def greedy_decode(pixel_cnn, x, eps, method="auto", *, batch_size=BATCH_SIZE, ve
 
     Raises:
         ValueError: naming the argument that is not as described.
+
+    Example:
+        >>> from art_pixeldefend import PixelCNNpp, datasets
+        >>> model, x = PixelCNNpp.from_pretrained("digits"), datasets.load("digits").x_test[:4]
+        >>> purified = greedy_decode(model, x, eps=32)
+        >>> int(np.abs(purified.astype(int) - x).max()) <= 32
+        True
+        >>> bool((model.bits_per_dim(purified) < model.bits_per_dim(x)).all())
+        True
     """
     check_pixel_cnn(pixel_cnn)
     decode = ENGINES[choose_engine(pixel_cnn, method)]
