@@ -1,0 +1,121 @@
+"""Certified accuracy on Fashion-MNIST by randomized smoothing, with a score model as the denoiser.
+
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/certified_smoothing.py --work FOLDER
+
+writes ``results/certified-smoothing.json``, ``.md`` and ``.png``. The folder is that of ``score_purification.py``, with
+its classifiers; certificates are kept in it, so that a run that was stopped continues.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from art.estimators.certification.randomized_smoothing import PyTorchRandomizedSmoothing
+from published import RESULTS, command
+from scipy.stats import beta
+from score_purification import Subjects
+from torch import nn
+
+from art_pixeldefend import PurifiedModel, ScoreDenoiser
+from art_pixeldefend.evaluation import figures, runner
+from art_pixeldefend.evaluation.smoothing import ABSTAIN, Certificates, certified_table, certify_smoothed
+from art_pixeldefend.files import write_atomically
+from art_pixeldefend.processes import process_group
+
+RADII = (0.0, 0.25, 0.5, 0.75)
+ALPHA = 0.001
+
+
+class ArtSmoothing(PyTorchRandomizedSmoothing):
+    """ART's class, with its confidence bound from SciPy: its own needs the package statsmodels."""
+
+    def _lower_confidence_bound(self, n_class_samples: int, n_total_samples: int) -> float:
+        return float(beta.ppf(self.alpha, n_class_samples, n_total_samples - n_class_samples + 1))
+
+
+def art_seconds(model: nn.Module, denoiser: ScoreDenoiser, x: np.ndarray, n0: int, n: int) -> float:
+    """Wall time of ART's ``certify`` per image."""
+    smoothed = ArtSmoothing(
+        model, nn.CrossEntropyLoss(), x.shape[1:], 10, clip_values=(0.0, 1.0), preprocessing_defences=denoiser,
+        sample_size=n0, scale=denoiser.sigma, alpha=ALPHA,
+    )  # fmt: skip
+    began = time.perf_counter()
+    smoothed.certify(x, n, batch_size=500)
+    return (time.perf_counter() - began) / len(x)
+
+
+def main(
+    work: Annotated[Path, typer.Option(help="folder for everything between")],
+    model: Annotated[str, typer.Option(help="score model: a bundled name or a path")] = "fashion-mnist-score",
+    images: Annotated[int, typer.Option(help="test images, from the first on")] = 200,
+    n: Annotated[int, typer.Option(help="draws of the estimation sample")] = 1000,
+    n0: Annotated[int, typer.Option(help="draws of the selection sample")] = 100,
+    art: Annotated[int, typer.Option(help="images that ART's own class certifies, for its speed; 0: none")] = 5,
+    data_dir: Annotated[Path | None, typer.Option(envvar="ART_PIXELDEFEND_DATA", help="the official files")] = None,
+    results: Annotated[Path, typer.Option(help="folder for the table")] = RESULTS,
+) -> None:
+    """Certify the classifier alone, with the denoiser, and tuned."""
+    group, subjects = process_group(), Subjects(work, model, data_dir)
+    if group.rank == 0:  # trains them if they are not there
+        subjects.classifier(), subjects.classifier(tuned=True)
+    group.wait()
+    x, y = subjects.data.x_test[:images].astype(np.float32) / 255, subjects.data.y_test[:images]
+    rows: list[dict[str, Any]] = []
+    found: dict[str, Certificates] = {}
+    for sigma in (0.25, 0.5):
+        for name, denoised, tuned in (
+            ("classifier alone", False, False),
+            ("denoiser and classifier", True, False),
+            ("denoiser and tuned classifier", True, True),
+        ):
+            network, name = subjects.classifier(tuned).model, f"{name}, sigma {sigma:g}"
+            smoothed = PurifiedModel(network, ScoreDenoiser(subjects.score_model, sigma)) if denoised else network
+            file = work / "certificates" / f"{name}, {images} images, n {n}.json"
+            began, new = time.perf_counter(), not file.is_file()
+            found[name] = certify_smoothed(smoothed, x, sigma, n0=n0, n=n, alpha=ALPHA, file=file, verbose=True)
+            rows.append({
+                "name": name, "sigma": sigma, "images": images,
+                "certified_percent": {str(radius): 100 * found[name].accuracy(y, radius) for radius in RADII},
+                "largest_radius": round(found[name].largest_radius, 3),
+                "abstained_percent": 100 * float((found[name].predictions == ABSTAIN).mean()),
+                "seconds": round(time.perf_counter() - began, 1) if new else None,
+            })  # fmt: skip
+    if group.rank > 0:
+        return
+    facts = {
+        "command": command("certified_smoothing.py"), "date": date.today().isoformat(), "hardware": runner.hardware(),
+        "processes": group.world_size, "versions": runner.versions(), "n0": n0, "n": n, "alpha": ALPHA,
+    }  # fmt: skip
+    if art:  # the work of the third row, in one process
+        denoiser, network = ScoreDenoiser(subjects.score_model, 0.25), subjects.classifier(tuned=True).model
+        facts["art_seconds_per_image_one_process"] = round(art_seconds(network, denoiser, x[:art], n0, n), 3)
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    content = f'{{"facts": {json.dumps(facts, indent=1)},\n"rows": [\n{lines}\n]}}\n'
+    write_atomically(results / "certified-smoothing.json", content)
+    write_atomically(results / "certified-smoothing.md", head(facts, images) + certified_table(found, y, RADII))
+    figures.certified_accuracy(
+        results / "certified-smoothing.png", {name: some.radii_of(y) for name, some in found.items()}
+    )
+
+
+def head(facts: dict[str, Any], images: int) -> str:
+    """Above the table."""
+    return f"""# Fashion-MNIST: certified accuracy by randomized smoothing
+
+`{facts["command"]}`, {facts["date"]}, {facts["hardware"]}.
+The first {images} test images; certified accuracy in percent by L2 radius, in units of the [0, 1] range;
+{facts["n0"]} draws to select a class, {facts["n"]} to estimate its probability, alpha {ALPHA}.
+
+![certified accuracy](certified-smoothing.png)
+
+"""
+
+
+if __name__ == "__main__":
+    typer.run(main)
