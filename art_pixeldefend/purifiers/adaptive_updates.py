@@ -68,8 +68,8 @@ def adaptive_updates(
     """Move noisy images along a direction that removes noise, with a step size and a stop for each image.
 
     ADP's own network predicts minus the unit noise and is not divided by sigma: ``direction`` is then the network as it
-    is, in the value range it was trained in. A score model gives the same as ``lambda x: sigma * model.score(x,
-    sigma)``. Directions of another scale need another ``rate`` and other bounds.
+    is. A score model gives the same as ``lambda x: sigma * model.score(x, sigma)``. Directions of another scale need
+    another ``rate`` and other bounds.
 
     Images are never clipped here. ADP's code clips the noisy image and every step to [0, 1], which removes half of the
     noise wherever an image is black or white; it also changes the contrast at every step by mapping the range twice.
@@ -84,6 +84,17 @@ def adaptive_updates(
         The images; those that stopped stay exactly as they were. And the number of updates of each, (N,).
 
     Example:
+        >>> from art_pixeldefend.purifiers import Purifier
+        >>> class Adp(Purifier):
+        ...     stochastic = True
+        ...
+        ...     def purify(self, x, generator):
+        ...         noisy = x + 0.25 * generator.normal(x.shape[1:])
+        ...         return adaptive_updates(noisy, network)[0].clamp(0, 1)
+        >>> network = torch.nn.Conv2d(1, 1, 3, padding=1)  # an NCSNv2 that predicts minus the unit noise
+        >>> Adp(seed=0)(torch.zeros(2, 1, 8, 8))[0].shape
+        torch.Size([2, 1, 8, 8])
+
         >>> noisy = torch.tensor([0.0, 1.0], dtype=torch.float64).reshape(2, 1, 1, 1)
         >>> towards_zero, updates = adaptive_updates(noisy, lambda x: -x, steps=2, rule=AdaptiveStep(rate=0.1))
         >>> towards_zero.flatten().round(decimals=4).tolist(), updates.tolist()
