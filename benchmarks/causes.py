@@ -1,18 +1,18 @@
-"""What stands between the Fashion-MNIST table and the paper's, measured on the images behind it.
+"""Measure how density model, radius, threshold, classifier and attack change the Fashion-MNIST table.
 
     python benchmarks/causes.py --work FOLDER --density-model FILE --density-model FILE
 
-``FOLDER`` is that of ``fashion_mnist.py``; give ``--shorter``, ``--chunk`` and ``--pixel-cnn`` as that script was given
-them, or other classifiers and images are made. The further density models are worse or better ones than the table's,
-from ``art-pixeldefend train``. Each part of the output changes one thing and leaves the rest as it is in the table:
+``FOLDER`` is the one of ``fashion_mnist.py``. Pass the same ``--shorter``, ``--chunk`` and ``--pixel-cnn`` as to that
+script; otherwise classifiers and images are computed again. ``--density-model`` adds models from ``art-pixeldefend
+train``. Each part of the output changes one thing:
 
-- ``density_models``: the same attacked images purified by each model, beside its bits per dimension;
-- ``eps_defend``: and within other radii;
-- ``thresholds``: of the classifiers behind Adaptive PixelDefend, how many attacked images are right as they are, how
-  many purified, and how many either way, which no threshold can exceed;
-- ``classifiers``: images attacked and purified for one classifier, shown to the others;
-- ``attacks``: how many of the images that were right DeepFool and CW fooled before they were clipped, and how far they
-  went; and BIM with four times its steps.
+- ``density_models``: the attacked images purified by each model, with the model's bits per dimension;
+- ``eps_defend``: the attacked images purified within other radii;
+- ``thresholds``: for the classifiers behind Adaptive PixelDefend, the shares of attacked images that are classified
+  correctly as they are, purified, and in at least one of these ways, which no threshold can exceed;
+- ``classifiers``: images attacked and purified for one classifier, classified by the others;
+- ``attacks``: the number of images that DeepFool and CW fool before they are clipped, and their perturbations; BIM with
+  four times its steps.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from art_pixeldefend.files import write_atomically
 from art_pixeldefend.levels import TOP, UNIT, from_levels, to_levels
 from art_pixeldefend.models.zoo import as_model
 
-EPS_DEFEND = 32  # the table's
+EPS_DEFEND = 32  # levels, as in the table
 OTHERS = (16, 24, 40, 48, 64)
 STRONG = ("fgsm", "bim")
 ADAPTIVE = "adaptive-pixeldefend"
@@ -64,13 +64,13 @@ class Ablations:
         self.y = stages.data.y_test[:images]
 
     def attacked(self, row: Row, attack: str, eps: int) -> np.ndarray:
-        """A cell's images, from the store."""
+        """A cell's attacked images, from the store."""
         chunk, cell = self.stages.grid.chunk, Cell(row, attack, eps)
         starts = range(0, self.images, chunk)
         return np.concatenate([self.stages.attacked(cell, s, min(chunk, self.images - s)) for s in starts])
 
     def right(self, row: Row, x: np.ndarray) -> np.ndarray:
-        """Which of the images the row's classifier gets right."""
+        """Whether the row's classifier is right about each image."""
         return self.stages.classifier(row.classifier).predict(x, batch_size=250).argmax(axis=1) == self.y
 
     def purified(self, x: np.ndarray, pixel_cnn: PixelCNNpp | None = None, eps: int = EPS_DEFEND) -> np.ndarray:
@@ -79,11 +79,11 @@ class Ablations:
 
     @cached_property
     def strong(self) -> dict[str, np.ndarray]:
-        """The PixelDefend row's images under the attacks that it is weakest against."""
+        """The images of the PixelDefend row under the attacks that lower its accuracy most."""
         return {f"{a} {eps}": self.attacked(self.row, a, eps) for a in STRONG for eps in self.stages.grid.eps}
 
     def under(self, purify: Callable[[np.ndarray], np.ndarray]) -> dict[str, float]:
-        """Accuracy under each strong attack and on clean images, with a purifier of one's own."""
+        """Accuracy on clean images and under each strong attack with the given purifier."""
         images = {"clean": self.stages.clean(0, self.images)} | self.strong
         return {name: percent(self.right(self.row, purify(x))) for name, x in images.items()}
 
@@ -101,7 +101,7 @@ class Ablations:
         return {str(eps): self.under(lambda x, eps=eps: self.purified(x, eps=eps)) for eps in (EPS_DEFEND, *OTHERS)}
 
     def thresholds(self) -> dict[str, Any]:
-        """What leaving images alone could gain, for each classifier behind Adaptive PixelDefend."""
+        """Bounds on what a threshold can gain, for each classifier behind Adaptive PixelDefend."""
         found: dict[str, Any] = {}
         for row in (row for row in self.stages.grid.rows if row.defence == ADAPTIVE and row.threat == BLIND):
             for attack in self.stages.grid.attacks:
@@ -114,7 +114,7 @@ class Ablations:
         return found
 
     def classifiers(self) -> dict[str, Any]:
-        """The PixelDefend row's purified images, as each classifier of the grid sees them."""
+        """Accuracy of each classifier of the grid on the PixelDefend row's purified images."""
         purified = {name: self.purified(x) for name, x in self.strong.items()}
         return {
             title(row): {name: percent(self.right(row, x)) for name, x in purified.items()}
@@ -122,7 +122,7 @@ class Ablations:
         }
 
     def attacks(self) -> dict[str, Any]:
-        """Levels that DeepFool and CW moved the images they fooled, before clipping; BIM with four times its steps."""
+        """Perturbations of DeepFool and CW before clipping, in levels; accuracy under BIM with four times its steps."""
         chunk, clean, found = self.stages.grid.chunk, self.stages.clean(0, self.images), {}
         classifier = self.stages.classifier(self.row.classifier)
         for attack in (name for name in self.stages.grid.attacks if not ATTACKS[name].uses_eps):
@@ -130,7 +130,7 @@ class Ablations:
             starts = range(0, self.images, chunk)
             x = np.concatenate([self.stages.attacked(cell, s, min(chunk, self.images - s)) for s in starts])
             right = self.right(self.row, clean)
-            moved = np.abs(x - clean).max(axis=(1, 2, 3))[right & ~self.right(self.row, x)] * (TOP)
+            moved = np.abs(x - clean).max(axis=(1, 2, 3))[right & ~self.right(self.row, x)] * TOP
             found[attack] = {
                 "right": int(right.sum()),
                 "fooled": len(moved),
@@ -144,13 +144,13 @@ class Ablations:
 
 
 def percent(right: np.ndarray) -> float:
-    """Of images that are right."""
+    """The share of images that are right, in percent."""
     return round(100 * float(right.mean()), 2)
 
 
 def main(
-    work: Annotated[Path, typer.Option(help="the folder of fashion_mnist.py")],
-    density_model: Annotated[list[Path], typer.Option(help="further density models, .safetensors files")] = [],  # noqa: B006
+    work: Annotated[Path, typer.Option(help="folder of fashion_mnist.py")],
+    density_model: Annotated[list[Path], typer.Option(help="another density model, a .safetensors file")] = [],  # noqa: B006
     images: Annotated[int, typer.Option(help="test images, from the first on")] = 1000,
     pixel_cnn: PixelCnn = None,
     chunk: Chunk = None,
@@ -158,7 +158,7 @@ def main(
     data_dir: DataDir = None,
     out: Annotated[Path, typer.Option(help="JSON file")] = RESULTS / "fashion-mnist-causes.json",
 ) -> None:
-    """Measure everything."""
+    """Run all measurements."""
     grid = table_grid("fashion-mnist", pixel_cnn=pixel_cnn, chunk=chunk, shorter=shorter)
     ablations = Ablations(Stages(grid, datasets.load(grid.dataset, data_dir), Store(work)), images)
     models = {Path(grid.models[DENSITY_MODEL]).name: density_model_of(ablations.stages)} | {

@@ -1,13 +1,12 @@
-"""The paper's Table 2, CIFAR-10, on a scale that a CPU can do: a proof of the whole path, not the paper's numbers.
+"""Compute the rows of the paper's Table 2, CIFAR-10, with small models: a test of the code, not of the defence.
 
     art-pixeldefend train cifar-10 --out FOLDER/density --filters 24 --resnets 1 \\
         --steps 400 --learning-rate 4e-3 --dropout 0
     python benchmarks/cifar10.py --work FOLDER --pixel-cnn FOLDER/density/model.safetensors --limit 8 --steps 200
 
-writes ``results/cifar-10-small.md``, ``.csv``, ``.json`` and figures, the scale in the header. All rows, small
-networks, few training steps, few images. In two processes: ``torchrun --nproc-per-node 2 benchmarks/cifar10.py ...``.
-
-The table at full size is ``art-pixeldefend grid cifar-10 --model FILE --out FOLDER`` on a GPU.
+writes ``results/cifar-10-small.md``, ``.csv``, ``.json`` and figures. ``torchrun --nproc-per-node 2
+benchmarks/cifar10.py ...`` uses two processes. ``art-pixeldefend grid cifar-10 --model FILE --out FOLDER`` computes the
+table at full size, on a GPU.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ def main(
     pixel_cnn: Annotated[Path, typer.Option(help="density model, a .safetensors file")],
     data_dir: DataDir = None,
     limit: Annotated[int, typer.Option(help="test images, from the first on")] = 20,
-    steps: Annotated[int, typer.Option(help="of training each classifier")] = 500,
-    rows: Annotated[str | None, typer.Option(help="only rows with one of these words; !WORD: without it")] = None,
+    steps: Annotated[int, typer.Option(help="training steps of each classifier")] = 500,
+    rows: Annotated[str | None, typer.Option(help="only rows with one of these words; !WORD: rows without it")] = None,
     attacks: Annotated[str | None, typer.Option(help="only these comma-separated attacks")] = None,
     results: Annotated[Path, typer.Option(help="folder for the table")] = RESULTS,
 ) -> None:
-    """Regenerate the small table."""
-    # Two chunks, so that two processes have one each.
+    """Compute and write the small table."""
+    # Two chunks, one for each of two processes.
     grid = replace(
         GRIDS["cifar-10"],
         models={DENSITY_MODEL: str(pixel_cnn)},
@@ -48,9 +47,9 @@ def main(
 
 
 def head(facts: dict[str, Any], limit: int, steps: int) -> str:
-    """Above the table: its scale, before anything else."""
+    """The text above the table, which states the scale first."""
     resnet, vgg = SIZES["resnet"], SIZES["vgg"]
-    return f"""# CIFAR-10 on a small scale: the whole path of PixelDefend's Table 2, not its numbers
+    return f"""# CIFAR-10 with small models: the rows of PixelDefend's Table 2
 
 **{limit} test images; ResNet-{6 * resnet["units"] + 2} of width {resnet["width"]} and VGG of width {vgg["width"]}, {
         steps:,} training steps each** (the paper: 10,000 images, both of width 16, ResNet-62, 80,000 steps). Density

@@ -1,11 +1,11 @@
-"""Is the Fashion-MNIST table the one that another engine makes, and its purified images in every sub-pixel?
+"""Compare the Fashion-MNIST table and its purified images with those of another decoding engine.
 
     python benchmarks/engines_agree.py --work FOLDER --method cached
     python benchmarks/engines_agree.py --work FOLDER --method reference --limit 20 --rows vgg
 
-``FOLDER`` is that of ``fashion_mnist.py``; give ``--shorter``, ``--chunk`` and ``--pixel-cnn`` as that script was given
-them, or other classifiers and images are made. The attacked images of the blind PixelDefend rows are purified again by
-the engine named, and shown to the classifiers again. (Adaptive PixelDefend shows these images, or attacked ones.)
+``FOLDER`` is the one of ``fashion_mnist.py``. Pass the same ``--shorter``, ``--chunk`` and ``--pixel-cnn`` as to that
+script; otherwise classifiers and images are computed again. The attacked images of the blind PixelDefend rows are
+purified again with the given engine and classified again.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ ROWS = "/pixeldefend/blind"
 
 
 def main(
-    work: Annotated[Path, typer.Option(help="the folder of fashion_mnist.py")],
-    method: Annotated[str, typer.Option(help="the engine to compare with")] = "cached",
+    work: Annotated[Path, typer.Option(help="folder of fashion_mnist.py")],
+    method: Annotated[str, typer.Option(help="engine to compare with")] = "cached",
     limit: Annotated[int, typer.Option(help="images of each cell, from the first on")] = GRIDS["fashion-mnist"].images,
-    rows: Annotated[str | None, typer.Option(help="only rows with one of these words; !WORD: without it")] = None,
+    rows: Annotated[str | None, typer.Option(help="only rows with one of these words; !WORD: rows without it")] = None,
     pixel_cnn: PixelCnn = None,
     chunk: Chunk = None,
     shorter: Shorter = [],  # noqa: B006
     data_dir: DataDir = None,
     out: Annotated[Path | None, typer.Option(help="JSON file")] = None,
 ) -> None:
-    """Purify again and count what differs, and for each cell the images that are right by either engine."""
+    """Purify again; count differing images and sub-pixels, and each cell's correct images with either engine."""
     grid = table_grid("fashion-mnist", pixel_cnn=pixel_cnn, chunk=chunk, shorter=shorter).only(ROWS).only(rows)
     stages, cells = Stages(grid, datasets.load(grid.dataset, data_dir), Store(work)), list(grid.cells())
     images = sub_pixels = 0
@@ -73,11 +73,11 @@ def main(
 
 
 def both(stages: Stages, cell: Cell, method: str, limit: int) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
-    """A chunk's labels, and its images as the table has them and as ``method`` purifies them."""
+    """For each chunk: its labels, and its images purified for the table and by ``method``."""
     again = stages.build([(path, dict(arguments) | {"method": method}) for path, arguments in stages.steps(cell.row)])
     chunk = stages.grid.chunk
     for start in range(0, limit, chunk):
-        size = min(chunk, limit - start)  # of the chunk that the grid had
+        size = min(chunk, limit - start)  # a part of the grid's chunk
         attacked, defended = (of(cell, start, chunk)[:size] for of in (stages.attacked, stages.defended))
         yield stages.data.y_test[start : start + size], [defended, again(attacked)[0]]
 

@@ -1,11 +1,10 @@
-"""Figure 5 of the paper: greedy decoding against SciPy's L-BFGS-B from random starts, in bits per dimension.
+"""Draw Figure 5 of the paper: greedy decoding against SciPy's L-BFGS-B from random starts, in bits per dimension.
 
     python benchmarks/figure5.py --work FOLDER --starts 20
 
-goes on where it was, and ``torchrun`` shares the starts out. ``--work`` may be the folder of the grid's own script: its
-classifiers and attacked images are then taken from there, if ``--chunk`` and ``--shorter`` are what that script was
-given. One start on Fashion-MNIST asks the model about 120 times, with ``--pixel-cnn fashion-mnist`` 5 to 9 seconds of a
-CPU core: the paper's 100 starts for 10 images are two hours of it.
+An interrupted run continues, and ``torchrun`` divides the starts among processes. ``--work`` may be the folder of the
+grid's script; with the same ``--chunk`` and ``--shorter``, its classifiers and attacked images are used. One start on
+Fashion-MNIST evaluates the model about 120 times, 9 seconds of a CPU core with ``--pixel-cnn fashion-mnist``.
 """
 
 from __future__ import annotations
@@ -32,15 +31,15 @@ def main(
     work: Work,
     dataset: Annotated[str, typer.Option(help="fashion-mnist or cifar-10 (the paper)")] = "fashion-mnist",
     images: Annotated[int, typer.Option(help="test images, from the first on")] = 10,
-    starts: Annotated[int, typer.Option(help="of L-BFGS-B for each image")] = 100,
-    iterations: Annotated[int | None, typer.Option(help="most of one start; SciPy's limit by default")] = None,
+    starts: Annotated[int, typer.Option(help="random starts of L-BFGS-B per image")] = 100,
+    iterations: Annotated[int | None, typer.Option(help="iterations per start; default: SciPy's limit")] = None,
     pixel_cnn: PixelCnn = None,
     chunk: Chunk = None,
     shorter: Shorter = [],  # noqa: B006
     data_dir: DataDir = None,
     results: Annotated[Path, typer.Option(help="folder for figure and numbers")] = RESULTS,
 ) -> None:
-    """Draw the figure; ``DATASET-figure5.png`` and ``.json``."""
+    """Write ``DATASET-figure5.png`` and ``.json``."""
     grid = table_grid(dataset, pixel_cnn=pixel_cnn, chunk=chunk, shorter=shorter)
     stages = Stages(grid, datasets.load(dataset, data_dir), Store(work))
     numbers = figure_5(stages, work / "figure5", images=images, starts=starts, iterations=iterations)

@@ -1,4 +1,4 @@
-"""What the scripts share: a table's grid as options change it, its results beside the others, the command shown."""
+"""Shared by the scripts: options that change a grid, publication of its table, and the command line to show."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from art_pixeldefend.models.zoo import as_model
 
 RESULTS = Path(__file__).parent / "results"
 
-# Options whose values say something about one machine only: always, or where they are no name that is known everywhere.
+# Options whose values are paths on one machine, and options whose values are paths unless they are a known name.
 PLACES = {
     "--work": "FOLDER", "--results": "FOLDER", "--data-dir": "FOLDER", "--density-model": "FILE",
     "--classifier": "FILE", "--out": "FILE", "--output": "FILE",
@@ -42,13 +42,13 @@ NAMES = {"--pixel-cnn": zoo.names(), "--model": zoo.names(), "--data": list(data
 
 
 def command(script: str) -> str:
-    """As it was given, places on this machine aside."""
+    """The command line of this run, with placeholders for paths."""
     launcher = f"torchrun --nproc-per-node {os.environ['WORLD_SIZE']}" if "RANK" in os.environ else "python"
     return f"{launcher} benchmarks/{script} {shlex.join(_shown(sys.argv[1:]))}".rstrip()
 
 
 def _shown(arguments: Iterable[str]) -> Iterator[str]:
-    """The words of a command line, ``--option=value`` as two of them."""
+    """The words of a command line with placeholders; ``--option=value`` becomes two words."""
     option = ""
     for word in (w for a in arguments for w in (a.split("=", 1) if a.startswith("--") else [a])):
         if option in PLACES:
@@ -62,13 +62,13 @@ def _shown(arguments: Iterable[str]) -> Iterator[str]:
 
 # The grid
 
-# Options of the scripts that work in the folder of a table: with the table's own they find what is in it.
-Work = Annotated[Path, typer.Option(help="folder for everything between")]
-DataDir = Annotated[Path | None, typer.Option(envvar="ART_PIXELDEFEND_DATA", help="the official files")]
+# Options of the scripts that work in a table's folder. With the table's own values they find its stored results.
+Work = Annotated[Path, typer.Option(help="folder for intermediate results")]
+DataDir = Annotated[Path | None, typer.Option(envvar="ART_PIXELDEFEND_DATA", help="folder of the official data files")]
 PixelCnn = Annotated[str | None, typer.Option(help="density model: a bundled name or a path")]
-Chunk = Annotated[int | None, typer.Option(min=1, help="images a process attacks and purifies at a time")]
-Fewer = Annotated[list[str], typer.Option(help="NAME=N: the first N images for rows whose name ends so")]
-Shorter = Annotated[list[str], typer.Option(help="NAME=N: N training steps for rows whose name ends so")]
+Chunk = Annotated[int | None, typer.Option(min=1, help="images that a process attacks and purifies at a time")]
+Fewer = Annotated[list[str], typer.Option(help="NAME=N: N test images for rows whose name ends in NAME")]
+Shorter = Annotated[list[str], typer.Option(help="NAME=N: N training steps for rows whose name ends in NAME")]
 
 
 def table_grid(
@@ -79,10 +79,10 @@ def table_grid(
     fewer: Iterable[str] = (),
     shorter: Iterable[str] = (),
 ) -> Grid:
-    """One of ``GRIDS``, changed as the options of its table's script say; None leaves as it is.
+    """One of ``GRIDS``, changed by the options of the scripts; None leaves a setting unchanged.
 
     Raises:
-        typer.BadParameter: for a name that is no grid's, or a change that is not ``NAME=N`` or of no row.
+        typer.BadParameter: for an unknown grid, or a change that is not ``NAME=N`` or matches no row.
     """
     if name not in GRIDS:
         raise typer.BadParameter(f"the data set must be one of {', '.join(GRIDS)}, got {name!r}")
@@ -98,7 +98,7 @@ def table_grid(
 
 
 def _changed(rows: tuple[Row, ...], option: str, what: str, choice: str) -> tuple[Row, ...]:
-    """The rows, with another number of images or steps where their name ends so."""
+    """The rows, with another number of images or steps if their name ends in the given one."""
     name, _, count = current_name(choice).rpartition("=")
     if not name or not count.isdecimal() or not int(count):
         raise typer.BadParameter(f"{option} must be NAME=N with N at least 1, got {choice!r}")
@@ -119,24 +119,24 @@ def publish(
     data_dir: Path | None,
     figures: Sequence[str] = ("*",),
 ) -> str:
-    """Run what is missing of a grid; then ``NAME.md``, ``.csv``, ``.json`` and ``NAME-FIGURE.png`` into ``results``.
+    """Compute the missing cells of a grid; write ``NAME.md``, ``.csv``, ``.json`` and ``NAME-FIGURE.png``.
 
     Under ``torchrun`` all processes compute and the first one writes.
 
     Args:
         grid: the table.
-        work: folder of everything between.
-        results: folder of the table.
-        name: its files' stem.
-        head: what stands above the table, given the facts.
-        data_dir: where the official data files are.
-        figures: patterns of those that are copied, as PNG, if this run drew them; without any, none are drawn.
+        work: folder for intermediate results.
+        results: folder for the table.
+        name: stem of the table's files.
+        head: returns the text above the table, given the facts.
+        data_dir: folder of the official data files.
+        figures: patterns of the figures that are copied, as PNG, if this run drew them; if empty, none are drawn.
 
     Returns:
         The table as Markdown.
 
     Raises:
-        FileNotFoundError: if the density model is not there, before anything is computed.
+        FileNotFoundError: if the density model does not exist, before anything is computed.
     """
     as_model(grid.models[DENSITY_MODEL], PixelCNNpp, torch.device("cpu"), name="--pixel-cnn")
     stages = Stages(grid, datasets.load(grid.dataset, data_dir), Store(work))
@@ -147,7 +147,7 @@ def publish(
     facts = origin(cells) | facts_of(stages)
     write_atomically(results / f"{name}.md", head(facts) + classifiers_table(facts) + outcome.table)
     write_atomically(results / f"{name}.csv", table.comma_separated(grid, outcome.results))
-    # A cell a line: what changes from run to run is seen in a diff.
+    # One cell per line, so that a diff shows what has changed.
     lines = ",\n".join(json.dumps(cell, sort_keys=True) for cell in cells)
     write_atomically(results / f"{name}.json", f'{{"facts": {json.dumps(facts, indent=1)},\n"cells": [\n{lines}\n]}}\n')
     for file in drawn:
@@ -161,9 +161,9 @@ def _without_traceback(cell: dict[str, Any]) -> dict[str, Any]:
 
 
 def origin(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """When, on what and with what cells were computed: all that differ, and the first and the last day.
+    """Dates, hardware and versions of the cells: the first and last day, and every value that occurs.
 
-    Cells without a date are of the time before cells had one: all that is known is that they are not younger.
+    Cells of early versions have no date; the text then says "until".
     """
     days = sorted({cell.get("date", "") for cell in cells}) or [""]
     last = days[-1] or date.today().isoformat()
@@ -179,7 +179,7 @@ def origin(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def facts_of(stages: Stages) -> dict[str, Any]:
-    """How good classifiers and density model are without an attack, and the thresholds; of those that there are."""
+    """Clean accuracies of the trained classifiers, the chosen thresholds, and the density model's provenance."""
     x, y = stages.data.x_test.astype(np.float32) / 255, stages.data.y_test
     return {
         "test_images": len(y),
@@ -204,14 +204,14 @@ def facts_of(stages: Stages) -> dict[str, Any]:
 
 
 def density_model(facts: dict[str, Any], papers: float) -> str:
-    """The density model in words, beside the paper's bits per dimension."""
+    """The density model's name, size and bits per dimension, with the paper's."""
     sizes, bits = facts["density_model_configuration"], facts["density_model_provenance"].get("test_bits_per_dim")
     measured = f", {bits:.3f} bits per dimension on test images (the paper's: {papers})" if bits else ""
     return f"`{facts['density_model']}`, {sizes['filters']} filters, {sizes['resnets']} resnets{measured}"
 
 
 def classifiers_table(facts: dict[str, Any]) -> str:
-    """Each classifier's steps and clean accuracy on all test images."""
+    """A table of each classifier's training steps and clean accuracy on all test images."""
     lines = [
         f"| classifier, training | steps | accuracy on all {facts['test_images']:,} test images |",
         "|---|---|---|",

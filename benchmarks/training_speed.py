@@ -1,11 +1,10 @@
-"""Training speed: the trainer's step against a plain eager fp32 NCHW step, alternately in one run, on the same batches.
+"""Time the trainer's step against a plain eager float32 NCHW step, alternately on the same batches.
 
     python benchmarks/training_speed.py --filters 24 --resnets 2 --threads 2 --losses 300 \\
         --out benchmarks/results/training-24x2.json
 
-A training image is a Fashion-MNIST-sized random one unless ``--image-shape`` says otherwise: speed does not depend on
-what an image shows. ``--losses N`` also trains both ways for N steps on digits, from several seeds, and says whether
-the losses differ by more than the seeds make them differ.
+Images are random, because speed does not depend on their content. ``--losses N`` also trains in both ways for N steps
+on digits from several seeds, and tests whether the losses differ by more than they vary between seeds.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def build(arguments: argparse.Namespace, images: torch.Tensor, seed: int = 0) ->
 
 
 def images_per_second(step: Callable, batch: torch.Tensor, seconds: float) -> float:
-    """Over about so many seconds."""
+    """The rate of ``step`` over about ``seconds`` seconds."""
     began, steps = time.perf_counter(), 0
     while (elapsed := time.perf_counter() - began) < seconds or not steps:
         step(batch).item()  # waits for a GPU
@@ -91,7 +90,7 @@ def loss(arguments: argparse.Namespace, device: torch.device, name: str, seed: i
 
 
 def losses(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Losses both ways, and whether their means are within two standard errors of each other."""
+    """Losses in both ways, and whether their means are within two standard errors of each other."""
     found = {
         name: [loss(arguments, device, name, seed) for seed in range(arguments.seeds)] for name in ("plain", "trainer")
     }
@@ -109,7 +108,7 @@ def losses(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any
 
 
 def main() -> None:
-    """Print the figures and write them."""
+    """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--filters", type=int, default=24)
     parser.add_argument("--resnets", type=int, default=2)
@@ -118,9 +117,9 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each round and way")
-    parser.add_argument("--losses", type=int, default=0, help="also compare the losses after so many steps on digits")
-    parser.add_argument("--seeds", type=int, default=3, help="of which the losses are compared")
+    parser.add_argument("--seconds", type=float, default=5.0, help="duration of each measurement")
+    parser.add_argument("--losses", type=int, default=0, help="also compare the losses after this many steps on digits")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds for --losses")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()

@@ -1,11 +1,11 @@
-"""Feature squeezing, PixelDefend, and both, in front of your classifier under an attack of yours.
+"""Compare feature squeezing, PixelDefend and both in front of your classifier under your attack.
 
     python benchmarks/vs_feature_squeezing.py CLASSIFIER DATA --attack fgsm --eps 8 --pixel-cnn fashion-mnist
 
-CLASSIFIER is a TorchScript file (``torch.jit.save``), a classifier of this package, or ``module:function`` for a
-function that returns a ``torch.nn.Module``; it takes images in [0, 1] and gives logits. DATA is a name or path as
-``art-pixeldefend train`` takes it. The attack is one of this package's names or the import path of an ART attack, which
-sees the classifier alone; its images are rounded to 8 bits and clipped to the ball.
+CLASSIFIER is a TorchScript file (``torch.jit.save``), a file written by ``classifiers.save``, or ``module:function``
+for a function that returns a ``torch.nn.Module``. It takes images in [0, 1] and returns logits. DATA is a name or path
+as for ``art-pixeldefend train``. The attack is a name of this package or the import path of an ART attack. It sees the
+classifier without defences; its images are rounded to 8 bits and clipped to the ball.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ UNIT = (0.0, 1.0)
 
 
 def main(
-    classifier: Annotated[str, typer.Argument(help="TorchScript file, our .safetensors, or module:function")],
+    classifier: Annotated[str, typer.Argument(help="TorchScript file, .safetensors file, or module:function")],
     data: Annotated[str, typer.Argument(help="digits, fashion-mnist, cifar-10, or an .npz with test labels")],
     pixel_cnn: Annotated[str, typer.Option(help="density model: a bundled name or a path")],
     attack: Annotated[str, typer.Option(help=f"{', '.join(ATTACKS)}, or an import path")] = "fgsm",
     arguments: Annotated[str, typer.Option(help="the attack's arguments, as JSON")] = "{}",
     eps: Annotated[int, typer.Option(help="radius of the attack, in levels")] = 8,
     eps_defend: Annotated[int, typer.Option(help="radius of the purification, in levels")] = 32,
-    bits: Annotated[int, typer.Option(help="bits that squeezing leaves")] = 3,
+    bits: Annotated[int, typer.Option(help="bits per sub-pixel after squeezing")] = 3,
     limit: Annotated[int, typer.Option(help="test images, from the first on")] = 100,
     data_dir: Annotated[Path | None, typer.Option(envvar="ART_PIXELDEFEND_DATA")] = None,
 ) -> None:
-    """Print accuracy and time per image for each."""
+    """Print accuracy and time per image for each defence."""
     images = datasets.load(data, data_dir)
     x, y = images.x_test[:limit].astype(np.float32) / 255, images.y_test[:limit]
     estimator = PyTorchClassifier(
@@ -69,7 +69,7 @@ def line(
     name: str, defence: Sequential, estimator: PyTorchClassifier, x: np.ndarray, attacked: np.ndarray, y: np.ndarray
 ) -> str:
     """One row of the table."""
-    clean = defence(x)[0]  # not timed: a first call compiles
+    clean = defence(x)[0]  # not timed: the first call compiles
     began = time.perf_counter()
     defended = defence(attacked)[0]
     seconds = (time.perf_counter() - began) / len(x)
@@ -80,10 +80,10 @@ def line(
 
 
 def load(source: str) -> nn.Module:
-    """The classifier; nothing is unpickled.
+    """Load the classifier; nothing is unpickled.
 
     Raises:
-        ValueError: if it is none of the three kinds.
+        ValueError: if ``source`` is none of the three kinds.
     """
     if source.endswith(".safetensors"):
         return classifiers.load(source)[0]
@@ -98,10 +98,10 @@ def load(source: str) -> nn.Module:
 
 
 def attack_of(name: str, estimator: PyTorchClassifier, eps: int, arguments: dict[str, Any]) -> EvasionAttack:
-    """One of ours, or any of ART's with the arguments given.
+    """Build an attack of this package, or one of ART with the given arguments.
 
     Raises:
-        typer.BadParameter: if it is neither.
+        typer.BadParameter: if ``name`` is neither.
     """
     if name in ATTACKS:
         return make_attack(name, estimator, eps, **arguments)
