@@ -1,4 +1,4 @@
-"""The paper's image classifiers, and the ways of training them."""
+"""The paper's image classifiers and their training."""
 
 from art_pixeldefend.classifiers.networks import NETWORKS, accuracy, as_art, build, load, save
 from art_pixeldefend.classifiers.training import RATIO, RECIPES, SMOOTHING, TECHNIQUES, Recipe, train

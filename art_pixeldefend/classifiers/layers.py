@@ -1,4 +1,4 @@
-"""What both networks are built from."""
+"""The layers that both networks share."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 
 class Network(nn.Module):
-    """A classifier of images in [0, 1] that knows how it was built.
+    """A classifier of images in [0, 1] that can be saved and built again.
 
     Attributes:
-        network: its name.
-        configuration: the arguments that build it again.
+        network: the name of its architecture, a key of ``NETWORKS``.
+        configuration: the arguments of its constructor.
     """
 
     network: str
@@ -22,9 +22,9 @@ class Network(nn.Module):
 
 
 class Standardise(nn.Module):
-    """Per-image standardisation of images in [0, 1]: mean 0 and deviation 1 over channels, rows and columns.
+    """Standardise each image in [0, 1] to mean 0 and deviation 1 over channels, rows and columns.
 
-    The deviation, in levels, is at least 1 / sqrt(C H W), so that a uniform image stays finite (TensorFlow's
+    The deviation, in levels, is clamped to at least 1 / sqrt(C H W), so that uniform images stay finite (TensorFlow's
     ``per_image_standardization``, which the paper's code puts in front of both networks).
     """
 
@@ -32,15 +32,15 @@ class Standardise(nn.Module):
         """(N, C, H, W) to (N, C, H, W)."""
         levels = x * 255.0
         centred = levels - levels.mean((1, 2, 3), keepdim=True)
-        # The square root of a clamped variance has a finite gradient where the image is uniform; std() has not.
+        # The square root of the clamped variance has a finite gradient for uniform images; that of std() is NaN.
         variance = centred.square().mean((1, 2, 3), keepdim=True)
         return centred / variance.clamp_min(1 / math.prod(x.shape[1:])).sqrt()
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation; where nothing is trained, the one multiplication and addition that is left of it.
+    """Batch normalisation; without trainable parameters, in evaluation mode, one fused multiply-add.
 
-    Attacks ask for gradients in images by the thousand, and torch's own layer takes a third of them.
+    Attacks take thousands of gradients with respect to images, a third of whose time goes into torch's own layer.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,5 +55,5 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 def conv(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
-    """A 3 x 3 convolution; its bias is left to the batch normalisation."""
+    """A 3 x 3 convolution without bias, for use with batch normalisation."""
     return nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False)

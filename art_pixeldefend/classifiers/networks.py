@@ -1,4 +1,4 @@
-"""Networks by the paper's names: built, wrapped for ART, saved and loaded."""
+"""Build, save and load the paper's networks, and wrap them for ART."""
 
 from __future__ import annotations
 
@@ -23,17 +23,22 @@ NETWORKS: dict[str, type[Network]] = {"resnet": ResNet, "vgg": VGG}
 def build(
     network: str, image_shape: tuple[int, int, int], classes: int = 10, *, seed: int = 0, **sizes: Any
 ) -> Network:
-    """A fresh network, the same for the same seed.
+    """Build a network with random weights.
 
     Args:
         network: ``"resnet"`` or ``"vgg"``.
         image_shape: (C, H, W).
-        classes: how many.
+        classes: the number of classes.
         seed: of the initial weights.
-        sizes: as the network takes them; by default the paper's for grey or colour images.
+        sizes: further arguments of the network; by default the paper's for grey or colour images.
 
     Raises:
         ValueError: for an unknown network or size.
+
+    Example:
+        >>> network = build("resnet", (1, 28, 28), units=1)
+        >>> network(torch.rand(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
     """
     if network not in NETWORKS:
         raise ValueError(f"network must be one of {', '.join(NETWORKS)}, got {network!r}")
@@ -52,14 +57,14 @@ def build(
 def as_art(
     model: Network, defences: Preprocessor | list[Preprocessor] | None = None, **arguments: Any
 ) -> PyTorchClassifier:
-    """An ART classifier of images in [0, 1] around a network that :func:`build` made, in evaluation mode.
+    """Wrap a network as an ART classifier of images in [0, 1], in evaluation mode.
 
     Args:
-        model: the network.
+        model: a network that :func:`build` made.
         defences: preprocessing defences in front of it.
-        arguments: further ones of :class:`PyTorchClassifier`.
+        arguments: further arguments of :class:`PyTorchClassifier`.
     """
-    # A third faster on a CPU, the same but for rounding. (torch's annotations leave the argument out.)
+    # A third faster on a CPU, and equal up to rounding. (torch's annotations lack the argument.)
     model = model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return PyTorchClassifier(
         model,
@@ -73,22 +78,27 @@ def as_art(
 
 
 def accuracy(classifier: PyTorchClassifier, x: np.ndarray, y: np.ndarray, batch_size: int = 500) -> float:
-    """The fraction of images (N, C, H, W) in [0, 1] that get their class (N,)."""
+    """The fraction of images (N, C, H, W) in [0, 1] that are classified as their class numbers (N,) say."""
     return float((classifier.predict(x, batch_size=batch_size).argmax(axis=1) == y).mean())
 
 
 def save(path: str | PathLike[str], model: Network, provenance: Mapping[str, Any] | None = None) -> None:
-    """Write a network that :func:`build` made as safetensors, its configuration in the header.
+    """Write a network that :func:`build` made as safetensors, with its configuration in the header, atomically.
+
+    Args:
+        path: the file to write.
+        model: the network.
+        provenance: how it was trained; JSON-serialisable.
 
     Raises:
-        OSError: if the file cannot be written; nothing partial is left.
+        OSError: if the file cannot be written.
     """
     header = {"network": model.network, "configuration": model.configuration, "provenance": dict(provenance or {})}
     checkpoint.write(path, model.state_dict(), header)
 
 
 def load(path: str | PathLike[str]) -> tuple[Network, dict[str, Any]]:
-    """The network in a file that :func:`save` wrote, in evaluation mode, and its provenance. Nothing is unpickled.
+    """Read a network that :func:`save` wrote, in evaluation mode, and its provenance. Nothing is unpickled.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -99,5 +109,5 @@ def load(path: str | PathLike[str]) -> tuple[Network, dict[str, Any]]:
         model = build(header["network"], **header["configuration"])
         model.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"path {str(path)!r} holds no classifier: {error}") from error
+        raise ValueError(f"path {str(path)!r} is not a file of a classifier: {error}") from error
     return model.eval(), header["provenance"]

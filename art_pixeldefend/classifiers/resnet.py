@@ -11,18 +11,18 @@ from art_pixeldefend.classifiers.layers import BatchNorm, Network, Standardise, 
 
 
 class ResNet(Network):
-    """Pre-activation residual network with leaky ReLU: 6 ``units`` + 2 layers, 62 in the paper.
+    """Pre-activation residual network with leaky ReLU and 6 ``units`` + 2 layers (the paper: 62).
 
         x -> x + conv(act(bn(conv(act(bn(x))))))
 
-    Three stages of ``width``, 2 ``width`` and 4 ``width`` feature maps, each after the first at half the resolution; a
-    shortcut between stages averages 2 x 2 pixels and pads the missing feature maps with zeros.
+    Three stages have ``width``, 2 ``width`` and 4 ``width`` feature maps; the second and third halve the resolution.
+    Shortcuts between stages average 2 x 2 pixels and pad the missing feature maps with zeros.
 
     Args:
         image_shape: (C, H, W).
-        classes: how many.
+        classes: the number of classes.
         width: feature maps of the first stage (the paper: 16 for CIFAR-10, 4 for Fashion-MNIST).
-        units: residual units a stage (the paper: 10).
+        units: residual units per stage (the paper: 10).
     """
 
     def __init__(self, image_shape: tuple[int, int, int], classes: int = 10, width: int = 16, units: int = 10) -> None:
@@ -41,7 +41,7 @@ class ResNet(Network):
 
 
 class Unit(nn.Module):
-    """A residual unit; one that widens halves the resolution."""
+    """A residual unit; if it has more output than input channels, it halves the resolution."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Unit(nn.Module):
         if not self.wider:
             return x
         before = self.wider // 2
-        # ceil_mode as the strided convolution has it: an odd last row or column is kept.
+        # ceil_mode keeps an odd last row or column, as the strided convolution does.
         return F.pad(F.avg_pool2d(x, 2, ceil_mode=True), (0, 0, 0, 0, before, self.wider - before))
 
 

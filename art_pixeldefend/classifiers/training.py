@@ -1,4 +1,4 @@
-"""Training a classifier: one run on one page, through ART's own classes."""
+"""Training of classifiers through ART's own classes."""
 
 from __future__ import annotations
 
@@ -22,26 +22,27 @@ from art_pixeldefend.attacks.training import HalfNormalBIM, HalfNormalFGSM
 from art_pixeldefend.classifiers.layers import Network
 from art_pixeldefend.classifiers.networks import as_art
 from art_pixeldefend.devices import bf16_pays
+from art_pixeldefend.validation import check_labels
 
-SMOOTHING = 0.1  # what label smoothing takes from the true class
-RATIO = 0.6 / 2.6  # of a batch that adversarial training attacks
+SMOOTHING = 0.1  # the probability that label smoothing takes from the true class
+RATIO = 0.6 / 2.6  # the fraction of a batch that adversarial training attacks
 TECHNIQUES = ("normal", "label-smoothing", "adversarial-fgsm", "adversarial-bim")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long, how fast.
+    """The optimiser's settings and the number of steps.
 
     Args:
         steps: optimiser steps.
-        batch_size: images a step.
-        learning_rate: at its highest.
-        milestones: steps from which the learning rate is a tenth of what it was; without any, one cycle up and down
-            (Smith and Topin 2018, arXiv:1708.07120).
-        momentum, nesterov, weight_decay: of the gradient descent.
+        batch_size: images per step.
+        learning_rate: its maximum.
+        milestones: steps at which the learning rate is divided by ten; without any, it follows one cycle (Smith and
+            Topin 2018, arXiv:1708.07120).
+        momentum, nesterov, weight_decay: arguments of SGD.
         flips: mirror half of the images, left to right.
-        mixed_precision: bf16 autocast in training, where the processor multiplies bf16: elsewhere it takes six times
-            as long.
+        mixed_precision: train under bf16 autocast if the hardware multiplies bf16; without that, autocast would take
+            six times as long.
     """
 
     steps: int
@@ -61,21 +62,21 @@ class Recipe:
         )
 
     def scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        """Stepped once after every optimiser step."""
+        """The learning-rate scheduler, to be stepped once after every optimiser step."""
         if self.milestones:
             return torch.optim.lr_scheduler.MultiStepLR(optimizer, self.milestones)
-        total = self.steps + 1  # the scheduler also counts the start
-        rise = max(0.2, 2 / total)  # at least a step, or it divides by zero
+        total = self.steps + 1  # the scheduler counts its initial state, too
+        rise = max(0.2, 2 / total)  # at least one step, or the scheduler divides by zero
         return torch.optim.lr_scheduler.OneCycleLR(
             optimizer, self.learning_rate, total_steps=total, pct_start=rise, cycle_momentum=False
         )
 
 
 RECIPES = {
-    # The reference code's; the paper has no more than its results.
+    # From the reference code; the paper does not give a recipe.
     "paper": Recipe(80_000, milestones=(40_000, 60_000), nesterov=False, mixed_precision=False),
     "quick": Recipe(3_000, learning_rate=0.2, weight_decay=1e-4),
-    # For images of digits: few, small, and none the mirror of another.
+    # For the few small images of digits, which must not be mirrored.
     "digits": Recipe(400, batch_size=64, flips=False, mixed_precision=False),
 }
 
@@ -92,29 +93,39 @@ def train(
     seed: int = 0,
     verbose: bool = False,
 ) -> Network:
-    """Train a network that :func:`build` made, in place; the same weights for the same seed and number of threads.
+    """Train a network in place. The same seed and number of threads give the same weights.
 
     Args:
-        model: the network.
+        model: a network that :func:`build` made.
         x: levels (N, C, H, W), uint8.
-        y: class numbers (N,).
-        recipe: how long and how fast; or a name in ``RECIPES``.
+        y: labels, as class numbers (N,) or one-hot (N, classes).
+        recipe: a :class:`Recipe`, or the name of one in ``RECIPES``.
         technique: ``"normal"``; ``"label-smoothing"``, by ART's ``LabelSmoothing``; or ``"adversarial-fgsm"`` and
             ``"adversarial-bim"``, by ART's ``AdversarialTrainer``: images are attacked against the model's own
-            predictions and with a radius of |N(0, delta)| each (PixelDefend, Appendix B). The reference code attacks
-            half of every batch and weighs clean and attacked losses 2 to 0.6; ART's trainer knows no weights, so
-            :data:`RATIO` of every batch is attacked: the same gradient in the mean, for less than half the attacks.
+            predictions, each with a radius of |N(0, delta)| (PixelDefend, Appendix B). The reference code attacks half
+            of every batch and weights clean and attacked losses 2 to 0.6. ART's trainer has no weights, so the
+            fraction :data:`RATIO` of every batch is attacked: the same expected gradient with less than half the
+            attacks.
         delta: deviation of the radius, in levels (the paper: 8 for CIFAR-10, 8 or 25 for Fashion-MNIST).
-        smoothing: label smoothing's e: 1 - e for the true class, e / (classes - 1) for each other.
-        seed: of order, flips, dropout and attacks.
+        smoothing: the true class has probability 1 - smoothing, each other class smoothing / (classes - 1).
+        seed: of the order, flips, dropout and attacks.
         verbose: show a progress bar.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
-        ValueError: for an unknown recipe or technique, or images or labels that are not as described.
+        ValueError: naming ``recipe``, ``technique``, ``x`` or ``y``, if it is not as described.
         FloatingPointError: if training diverged.
+
+    Example:
+        >>> from art_pixeldefend import datasets
+        >>> from art_pixeldefend.classifiers.networks import accuracy, build
+        >>> data = datasets.load("digits")
+        >>> network = build("resnet", data.image_shape, units=1)
+        >>> network = train(network, data.x_train, data.y_train, shortened("digits", steps=60))
+        >>> accuracy(as_art(network), data.x_test.astype(np.float32) / 255, data.y_test) > 0.95
+        True
     """
     recipe = _recipe(recipe)
     if technique not in TECHNIQUES:
@@ -125,7 +136,7 @@ def train(
     with seeded(seed):
         classifier, scheduler = _classifier(model, recipe)
         fit = _fit(classifier, technique, delta, seed)
-        # Made before standard error is muted for ART's own progress bars, one of which it shows for every batch.
+        # Created before standard error is redirected, which hides the progress bar that ART shows for every batch.
         bar = tqdm(total=recipe.steps, unit="step", desc=f"train {technique}", disable=not verbose, file=sys.stderr)
         with bar, contextlib.redirect_stderr(io.StringIO()):
             for batch in batches(len(x), recipe, seed):
@@ -138,14 +149,15 @@ def train(
 
 
 def _one_hot(x: np.ndarray, y: np.ndarray, model: Network) -> np.ndarray:
-    """The labels (N, classes) of images, both checked."""
+    """Check images and labels, and return the labels one-hot, (N, classes)."""
     shape, classes = tuple(model.configuration["image_shape"]), model.configuration["classes"]
     if x.dtype != np.uint8 or x.shape[1:] != shape or not len(x):
         expected = ", ".join(map(str, shape))
         raise ValueError(f"x must be levels (N, {expected}), uint8, N > 0, got {x.dtype} of shape {x.shape}")
-    if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.max() >= classes:
-        raise ValueError(f"y must be class numbers below {classes}, one for each image, got {y!r}")
-    return np.eye(classes, dtype=np.float32)[y]
+    labels = check_labels("y", y, len(x))
+    if labels.max() >= classes:
+        raise ValueError(f"y must be class numbers below {classes}, got {labels.max()}")
+    return np.eye(classes, dtype=np.float32)[labels]
 
 
 def _recipe(recipe: Recipe | str) -> Recipe:
@@ -157,14 +169,14 @@ def _recipe(recipe: Recipe | str) -> Recipe:
 
 
 def _classifier(model: Network, recipe: Recipe) -> tuple[PyTorchClassifier, Any]:
-    """What ART trains, and its learning-rate scheduler."""
+    """The ART classifier to train, and its learning-rate scheduler."""
     optimizer = recipe.optimizer(model.parameters())
     wrapped = _MixedPrecision(model) if recipe.mixed_precision else model
     return as_art(wrapped, optimizer=optimizer), recipe.scheduler(optimizer)
 
 
 def _fit(classifier: PyTorchClassifier, technique: str, delta: float, seed: int) -> Callable[..., None]:
-    """ART's function that does a training step when given a batch."""
+    """The ART method that takes a training step on a batch."""
     attacks = {"adversarial-fgsm": HalfNormalFGSM, "adversarial-bim": HalfNormalBIM}
     if technique not in attacks:
         return classifier.fit
@@ -172,7 +184,7 @@ def _fit(classifier: PyTorchClassifier, technique: str, delta: float, seed: int)
 
 
 class _MixedPrecision(Network):
-    """A network that trains under bf16 autocast, its logits in fp32; the attacks on it are faster in fp32."""
+    """Apply bf16 autocast in training mode only: attacks on the network are faster in float32. Logits are float32."""
 
     def __init__(self, model: Network) -> None:
         super().__init__()
@@ -190,7 +202,7 @@ class _Batch:
 
 
 def batches(count: int, recipe: Recipe, seed: int) -> Iterator[_Batch]:
-    """One a step: which images, and which of them are mirrored. Every epoch has an order of its own."""
+    """For each step, the indices of its images and which of them to mirror. Every epoch is shuffled anew."""
     rng = np.random.default_rng(seed)
     size = min(recipe.batch_size, count)
     per_epoch = count // size
@@ -208,7 +220,7 @@ def flip(x: np.ndarray, which: np.ndarray, axis: int = -1) -> np.ndarray:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """torch's and NumPy's global generators, which ART draws from, seeded inside and restored afterwards."""
+    """Seed the global generators of torch and NumPy, which ART draws from, and restore them afterwards."""
     state = np.random.get_state()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -220,7 +232,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def shortened(recipe: Recipe | str, steps: int) -> Recipe:
-    """A recipe with fewer (or more) steps, its milestones moved in proportion."""
+    """A copy of a recipe with another number of steps; its milestones are moved in proportion."""
     recipe = _recipe(recipe)
     milestones = tuple(math.ceil(milestone * steps / recipe.steps) for milestone in recipe.milestones)
     return replace(recipe, steps=steps, milestones=milestones)

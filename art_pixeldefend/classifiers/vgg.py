@@ -9,15 +9,15 @@ from art_pixeldefend.classifiers.layers import BatchNorm, Network, Standardise, 
 
 
 class VGG(Network):
-    """16 layers: ten convolutions with batch normalisation in four blocks, dropout, two fully connected layers.
+    """Ten convolutions with batch normalisation in four blocks, then two fully connected layers with dropout.
 
-    (Appendix C.2 calls it VGG-16 and lists these twelve.)
+    (Appendix C.2 calls it VGG-16 and lists these twelve layers.)
 
     Args:
         image_shape: (C, H, W).
-        classes: how many.
-        width: feature maps of the first block; the others have 8, 32 and 32 times as many, and the hidden fully
-            connected layer 32 times (the paper: 16 for CIFAR-10, 4 for Fashion-MNIST).
+        classes: the number of classes.
+        width: feature maps of the first block (the paper: 16 for CIFAR-10, 4 for Fashion-MNIST); the others have 8, 32
+            and 32 times as many, and the hidden fully connected layer has 32 times as many units.
         dropout: probability before each fully connected layer.
     """
 
@@ -33,7 +33,7 @@ class VGG(Network):
             for _ in range(count):
                 layers += [conv(channels, factor * width), BatchNorm(factor * width), nn.ReLU()]
                 channels = factor * width
-            layers.append(nn.MaxPool2d(2, ceil_mode=True))  # an odd last row or column is kept; 8 x 8 images work too
+            layers.append(nn.MaxPool2d(2, ceil_mode=True))  # keeps an odd last row or column, and allows 8 x 8
         self.features = nn.Sequential(*layers, nn.Flatten())
         with torch.no_grad():
             flat = self.features.eval()(torch.zeros(1, *image_shape)).shape[1]

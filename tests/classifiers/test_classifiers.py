@@ -202,7 +202,7 @@ def test_a_foreign_checkpoint_is_refused(tmp_path):
     from art_pixeldefend.models import checkpoint
 
     checkpoint.write(tmp_path / "a.safetensors", {"x": torch.zeros(1)}, {"kind": "other"})
-    with pytest.raises(ValueError, match="no classifier"):
+    with pytest.raises(ValueError, match="not a file of a classifier"):
         load(tmp_path / "a.safetensors")
 
 
@@ -216,6 +216,7 @@ def test_a_foreign_checkpoint_is_refused(tmp_path):
         ({"x": np.zeros((0, 1, 8, 8), np.uint8), "y": np.zeros(0, int)}, "x must"),
         ({"y": np.zeros(3, int)}, "y must"),
         ({"y": np.zeros(4)}, "y must"),
+        ({"y": np.zeros((4, 2))}, "y must"),
         ({"y": np.full(4, -1)}, "y must"),
         ({"y": np.full(4, 10)}, "y must"),
     ],
@@ -224,6 +225,13 @@ def test_unknown_names_and_wrong_images_and_labels_are_refused(arguments, messag
     arguments = {"x": np.zeros((4, 1, 8, 8), np.uint8), "y": np.zeros(4, int)} | arguments
     with pytest.raises(ValueError, match=message):
         train(small("vgg"), **arguments)
+
+
+@pytest.mark.parametrize("as_given", [lambda y: y[:, None], lambda y: np.eye(10)[y]])
+def test_labels_may_be_columns_or_one_hot(as_given, digits):
+    x, y = digits.x_train[:16], digits.y_train[:16]
+    expected, found = (weights(train(small("vgg"), x, labels, TINY)) for labels in (y, as_given(y)))
+    assert torch.equal(expected, found)
 
 
 def test_an_unknown_network_or_size_is_refused():
