@@ -116,7 +116,7 @@ class Subjects:
         return classifier
 
     def _trained(self) -> torch.nn.Module:
-        images = self.data.train_and_calibration
+        images = self.data.train_and_calibration()
         network = classifiers.build("resnet", self.data.image_shape)
         return classifiers.train(network, images.x, images.y, "quick", verbose=True)
 

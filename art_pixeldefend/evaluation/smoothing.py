@@ -34,7 +34,7 @@ Classifier: TypeAlias = PyTorchClassifier | Callable[[Tensor], Tensor]  # ART's,
 
 @dataclass(frozen=True)
 class Certificates:
-    """What sampling has shown about a smoothed classifier, image by image.
+    """Certified predictions of a smoothed classifier.
 
     Each certificate, that the smoothed classifier returns :attr:`predictions` everywhere within :attr:`radii`, is
     wrong with probability at most ``alpha``.
@@ -110,10 +110,10 @@ def certify_smoothed(
         sigma: standard deviation of the noise, in the units of ``x``.
         n0: draws of the selection sample, by which the class is chosen.
         n: draws of the estimation sample, which is independent of it; the largest possible radius grows with it.
-        alpha: probability that a certificate is wrong.
+        alpha: largest probability that a certificate is wrong.
         batch_size: most noisy images in memory at a time.
         seed: of the noise, which is a function of seed and position of the image.
-        file: where to keep results (JSON). Images that are in it already are not certified again.
+        file: a JSON file to store results in, and to resume from: images with a result in it are skipped.
         verbose: show a progress bar.
 
     Raises:
@@ -179,7 +179,7 @@ def _sample(
 
 
 class _Results:
-    """Certified images by position, and the file that keeps them."""
+    """Results by position of the image, and the file that stores them."""
 
     def __init__(self, file: str | PathLike[str] | None, settings: Mapping[str, Any], count: int) -> None:
         self.file, self.settings, self.count = None if file is None else Path(file), dict(settings), count
@@ -225,7 +225,7 @@ def _logits(classifier: Classifier) -> Callable[[Tensor], Tensor]:
 
 
 def _fingerprint(classifier: Any) -> str:
-    """A hash of weights and preprocessing, by which a file's results are recognised; of functions, nothing is known."""
+    """A hash of weights and preprocessing defences; plain functions have neither and share one."""
     module = classifier.model if isinstance(classifier, PyTorchClassifier) else classifier
     parts = list(module.state_dict().values()) if isinstance(module, nn.Module) else []
     defences = getattr(classifier, "preprocessing_defences", None) or [getattr(module, "purifier", None)]

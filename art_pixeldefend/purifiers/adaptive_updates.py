@@ -81,7 +81,7 @@ def adaptive_updates(
         rule: the step sizes.
 
     Returns:
-        The images; those that stopped stay exactly as they were. And the number of updates of each, (N,).
+        The images, those that stopped exactly as they were at that step; and the number of updates of each, (N,).
 
     Example:
         >>> from art_pixeldefend.purifiers import Purifier

@@ -80,21 +80,20 @@ class ScoreDenoiser(Purifier):
 class ScorePurifier(Purifier):
     """Add Gaussian noise to images and remove it with a score model.
 
-    The noise hides small perturbations, and the model, trained on clean images, restores what it knows of them. Three
-    variants, all starting from x + ``sigma`` n:
+    The noise drowns small perturbations; the model, trained on clean images, removes both. All three variants start
+    from x + ``sigma`` n, n ~ N(0, I):
 
     - ``steps=1``: one pass of the denoiser, the posterior mean.
     - ``steps`` > 1: a short reverse diffusion as in DiffPure (Nie et al. 2022, arXiv:2205.07460), ancestral for
-      ``eta=1``, deterministic for ``eta=0``. It draws an image instead of averaging over all that are possible.
+      ``eta=1``, deterministic for ``eta=0``. It samples one image where a single pass averages over all likely ones.
     - ``adaptive=AdaptiveStep()``, ``steps=10``: adversarial purification with score-based models (ADP: Yoon, Hwang and
       Lee 2021, arXiv:2106.06041), which moves along the score at ``sigma`` with a step size per image; see
-      :func:`~art_pixeldefend.purifiers.adaptive_updates.adaptive_updates`. Two passes a step; for these models, the
-      other two variants are better at a fraction of the cost.
+      :func:`~art_pixeldefend.purifiers.adaptive_updates.adaptive_updates`. It takes two passes per step.
 
-    With a ``threshold``, an image is purified only if the norm of its score says that it has been perturbed
-    (ADP, appendix F): clean images then keep their accuracy, but an attack that knows the norm can evade it.
+    With a ``threshold``, only images with a larger score norm are purified (ADP, appendix F). This keeps the accuracy
+    on clean images, but an attack that takes the norm into account can stay below the threshold.
 
-    Noisy images are not clipped, in ADP neither; the result is.
+    Noisy images are not clipped, unlike in ADP's code; results are.
 
     Args:
         model: a :class:`ScoreModel`, the name of a bundled one, or the path of one.
@@ -103,7 +102,7 @@ class ScorePurifier(Purifier):
         steps: passes of the denoiser, or updates of ADP.
         eta: share of fresh noise in each step of the reverse diffusion, 0 to 1.
         adaptive: the step sizes of ADP; None for the reverse diffusion.
-        threshold: purify images of which :meth:`score_norms` is larger; None for all.
+        threshold: of :meth:`score_norms`, above which images are purified; None purifies all.
         detection_sigma: the noise level at which the norm is computed.
         spared_sigma: the noise level for images up to the threshold; 0 leaves them as they are.
         clip_values, batch_size, apply_fit, apply_predict, verbose, seed, device_type: as in
