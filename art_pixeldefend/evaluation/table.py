@@ -12,6 +12,7 @@ from scipy.stats import binomtest
 
 from art_pixeldefend.attacks import ATTACKS
 from art_pixeldefend.evaluation.grid import BLIND, CLEAN, WHITE_BOX, Cell, Grid, Row
+from art_pixeldefend.evaluation.preprocessors import CALIBRATED, placeholders
 
 Results = Mapping[Cell, Mapping[str, Any]]
 STRONGEST, WORST_CASE = "strongest", "worst case"
@@ -158,6 +159,9 @@ def _notes(grid: Grid, results: Results) -> list[str]:
     for name, note in grid.notes.items():
         if any(row.defence == name for row in grid.rows):
             notes.append(f"{name}: {note}.")
+    if any(CALIBRATED in placeholders(grid.defences.get(row.defence, ())) for row in grid.rows):
+        which = f"{grid.validation} of the last test images, which no row with a threshold reports"
+        notes.append(f"Thresholds are chosen on {which}.")
     if any(row.delta is not None for row in grid.rows):
         notes.append("*delta*: the radii in adversarial training were |N(0, delta)|, in levels.")
     short = [row.name for row in grid.rows if set(grid.attacks_of(row)) < set(grid.attacks)]

@@ -24,7 +24,7 @@ def test_images_of_attacks_with_a_radius_are_kept_as_bytes(finished):
 
 def test_adaptive_thresholds_are_calibrated_once(tmp_path, tiny, run, cells):
     grid = replace(tiny, rows=(ADAPTIVE,), eps=(40,), images=4, validation=6, chunk=4)
-    run(tmp_path, grid)
+    assert "Thresholds are chosen on 6 of the last test images" in run(tmp_path, grid)
     (path,) = (tmp_path / "thresholds").iterdir()
     threshold = json.loads(path.read_text())["threshold"]
     used = {cell["settings"]["defence"]["steps"][0][1]["threshold"] for cell in cells(tmp_path)}
