@@ -20,13 +20,13 @@ from art_pixeldefend import PixelDefend, datasets
 OUT = Path(__file__).parents[1] / "docs" / "images" / "purified.png"
 
 
-def main(out: Path = OUT, *, epochs: int = 3, training_images: int = 60_000, shown: int = 10) -> None:
+def main(out: Path = OUT, *, epochs: int = 3, training_images: int = 54_000, shown: int = 10) -> None:
     """Train, attack, purify, draw."""
     data = datasets.load("fashion-mnist")
     classifier = train(data.x_train[:training_images], data.y_train[:training_images], epochs)
     clean = data.x_test[:shown].astype(np.float32) / 255
     attack = BasicIterativeMethod(classifier, eps=8 / 255, eps_step=1 / 255, max_iter=10, verbose=False)
-    attacked = attack.generate(clean)
+    attacked = attack.generate(clean, data.y_test[:shown])
     purified, _ = PixelDefend(eps=32, pixel_cnn="fashion-mnist-40x5")(attacked)
 
     figure = Figure(figsize=(shown, 3.6), layout="constrained")
