@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # the commands import what they need when they run, so that -
     import numpy as np
 
     from art_pixeldefend.image_files import ImageSet
+    from art_pixeldefend.models.base import ImageModel
     from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
 
 
@@ -89,6 +90,7 @@ def _options(
 
 
 BUNDLED = "digits, fashion-mnist, fashion-mnist-40x5"
+KINDS = "pixelcnnpp, score"
 Images = Annotated[Path, typer.Argument(metavar="IMAGES", help="a folder of images, or a .npy or .npz file (uint8)")]
 ImagesOrData = Annotated[
     str,
@@ -116,55 +118,87 @@ def _examples(*lines: str) -> str:
 @app.command(
     epilog=_examples(
         "train digits --out run --filters 24 --resnets 2 --steps 2500",
+        "train digits --out run --kind score --set patch=1",
         "train photos/ --out run --device cuda",
         "train photos/ --out run --device cuda --resume",
     )
 )
 def train(
     data: Data,
-    out: Annotated[Path, typer.Option(help="the run's folder: model.safetensors, metrics.jsonl, samples.png")],
+    out: Annotated[Path, typer.Option(help="folder of the run: model.safetensors, metrics.jsonl, checkpoint, samples")],
+    kind: Annotated[str, typer.Option(help=f"kind of model: {KINDS}")] = "pixelcnnpp",
     data_dir: DataDir = None,
-    filters: Annotated[int, typer.Option(help="feature maps")] = 40,
-    resnets: Annotated[int, typer.Option(help="gated resnets per stage")] = 5,
-    mixtures: Annotated[int, typer.Option(help="logistic components per sub-pixel")] = 10,
-    dropout: Annotated[float, typer.Option(help="probability")] = 0.5,
+    filters: Annotated[int | None, typer.Option(help="pixelcnnpp: feature maps [default: 40]")] = None,
+    resnets: Annotated[int | None, typer.Option(help="pixelcnnpp: gated resnets per stage [default: 5]")] = None,
+    mixtures: Annotated[int | None, typer.Option(help="pixelcnnpp: components per sub-pixel [default: 10]")] = None,
+    dropout: Annotated[float | None, typer.Option(help="pixelcnnpp: dropout probability [default: 0.5]")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE, any other argument of the model's class, as JSON")
+    ] = None,
     steps: Annotated[int, typer.Option(help="optimiser steps")] = 10_000,
     batch_size: Annotated[int, typer.Option(help="images per step and process")] = 16,
-    learning_rate: Annotated[float, typer.Option(help="Adam's, at its highest")] = 2e-3,
-    seed: Annotated[int, typer.Option(help="of weights, order and dropout")] = 0,
-    every: Annotated[int, typer.Option(help="steps between evaluations, each with a checkpoint")] = 1_000,
+    learning_rate: Annotated[float, typer.Option(help="highest learning rate of Adam")] = 2e-3,
+    flip: Annotated[bool, typer.Option("--flip", help="mirror half of the images horizontally, at random")] = False,
+    seed: Annotated[int, typer.Option(help="seed of weights, order of the images, and dropout")] = 0,
+    every: Annotated[int, typer.Option(help="steps between evaluations, each followed by a checkpoint")] = 1_000,
     start_from: Annotated[
-        str | None, typer.Option(help=f"begin with the weights of: {BUNDLED}, or a .safetensors file")
+        str | None,
+        typer.Option(help=f"begin with the weights of a model ({BUNDLED}, or a file) or of a run's checkpoint"),
     ] = None,
-    resume: Annotated[bool, typer.Option(help="go on from the folder's checkpoint, if it has one")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; the GPU where there is one")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue from the checkpoint in the folder")] = False,
+    overwrite: Overwrite = False,
+    device: Device = None,
     mixed_precision: Annotated[
-        bool | None, typer.Option("--bf16/--fp32", help="bf16 autocast; by default where the hardware has it")
+        bool | None, typer.Option("--bf16/--fp32", help="bf16 autocast; default: where the hardware multiplies bf16")
     ] = None,
     verbose: Verbose = True,
 ) -> None:
-    """Train a density model. Several processes: torchrun --nproc-per-node 2 -m art_pixeldefend train ..."""
+    """Train an image model.
+
+    Several processes: torchrun --nproc-per-node 2 -m art_pixeldefend train ...
+
+    Ctrl-C and SIGTERM end the run with a checkpoint, from which --resume continues.
+    """
     import torch
 
     from art_pixeldefend import datasets
-    from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
-    from art_pixeldefend.models.training import Settings
-    from art_pixeldefend.models.training import train as run
-    from art_pixeldefend.models.zoo import as_model
+    from art_pixeldefend.models import training
+    from art_pixeldefend.models.zoo import class_of
+    from art_pixeldefend.pictures import write_sheet
+    from art_pixeldefend.processes import process_group
+    from art_pixeldefend.validation import check_device
 
-    settings = Settings(
-        filters=filters, resnets=resnets, mixtures=mixtures, dropout=dropout, steps=steps, batch_size=batch_size,
-        learning_rate=learning_rate, seed=seed, every=every, dataset=data,
-    )  # fmt: skip
+    settings = training.Settings(
+        steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed, every=every, flip=flip
+    )
+    training.check_run_folder(out, resume=resume, overwrite=overwrite)
+    group = process_group()
+    place, first, model_class = check_device("device", device or group.device), group.rank == 0, class_of(kind)
+    sizes = {"filters": filters, "resnets": resnets, "mixtures": mixtures, "dropout": dropout}
+    sizes = _model_options(model_class, {name: value for name, value in sizes.items() if value is not None}, option)
+    start = training.as_start(start_from, model_class, name="--start-from") if start_from else None
     images = datasets.load(data, data_dir)
-    cpu = torch.device("cpu")
-    start = as_model(start_from, PixelCNNpp, cpu, name="--start-from") if start_from else None
-    model = run(
-        settings, images.x_train, images.x_test, out, start=start,
-        resume=resume, device=device, mixed_precision=mixed_precision, verbose=verbose,
+    counts = f"{len(images.x_calibration)} calibration and {len(images.x_test)} test images"
+    if first and verbose:
+        typer.echo(f"training on {len(images.x_train)} images; held back: {counts}", err=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        shape: dict = {"image_shape": images.image_shape}
+        model = model_class(**(start.configuration if start else {}) | sizes | shape)
+        if start is None:
+            model.initialise(images.x_train[:100])
+    training.train(
+        model, model_class.loss, images.x_train, settings, out, held_out=images.x_test, evaluate=model_class.evaluate,
+        start=start, provenance={"dataset": data} if data in datasets.NAMED else {}, resume=resume,
+        overwrite=overwrite, device=place, mixed_precision=mixed_precision, verbose=verbose,
     )  # fmt: skip
-    if "test_bits_per_dim" in model.provenance:
-        typer.echo(f"{model.provenance['test_bits_per_dim']:.4f} bits/dim on {len(images.x_test)} held-out images")
+    sample = getattr(model, "sample", None)
+    if first and sample and model.image_shape[0] in (1, 3):
+        write_sheet(out / "samples.png", sample(16, seed=seed).cpu().numpy())
+    if first:
+        results = {name[5:]: value for name, value in model.provenance.items() if name.startswith("test_")}
+        shown = [f"{value:.4f} {name.replace('_per_', '/')}" for name, value in results.items()]
+        typer.echo(f"{', '.join(shown) or 'trained'}; held back from training: {counts}")
 
 
 @app.command(
@@ -411,6 +445,24 @@ def grid(
             dry_run=dry_run, starts=starts, verbose=verbose,
         )
     )  # fmt: skip
+
+
+def _model_options(model_class: type[ImageModel], given: dict, assignments: list[str] | None) -> dict:
+    """Arguments of a model's constructor, ``given`` and from NAME=VALUE texts."""
+    import inspect
+    import json
+
+    for text in assignments or ():
+        name, _, value = text.partition("=")
+        try:
+            given[name.replace("-", "_")] = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--set must be NAME=VALUE with a value in JSON, got {text!r}") from error
+    known = [name for name in inspect.signature(model_class).parameters if name != "image_shape"]
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{name} is not an option of {model_class.kind} models; they have {', '.join(known)}")
+    return given
 
 
 def _density_model(model: str, device: str | None = None) -> PixelCNNpp:

@@ -23,22 +23,27 @@ from published import command
 from timing import conditions
 
 from art_pixeldefend import PixelCNNpp, datasets
+from art_pixeldefend.devices import bf16_pays
 from art_pixeldefend.files import write_atomically
 from art_pixeldefend.models.gradients import Eager, gradients_of
-from art_pixeldefend.models.training import Loss, Settings, State, bf16_pays
+from art_pixeldefend.models.training import Settings, State
 
 
 def stepper(model: PixelCNNpp, plain: bool, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
     """A function that makes one training step on a batch of levels and returns the loss."""
     layout = torch.contiguous_format if plain else torch.channels_last
     model = model.to(device=device, memory_format=layout).train()
-    loss_of = Loss(model, mixed_precision=not plain and bf16_pays(device))
     state = State(model, Settings(steps=10**6))
-    gradients = Eager(loss_of) if plain else gradients_of(loss_of, device)
+
+    def loss_of(batch: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=not plain and bf16_pays(device)):
+            return model.loss(batch)
+
+    gradients = Eager(loss_of) if plain else gradients_of(loss_of, model, device)
 
     def step(batch: torch.Tensor) -> torch.Tensor:
         loss = gradients(batch.contiguous(memory_format=layout))
-        state.update()
+        state.update(loss)
         return loss
 
     return step

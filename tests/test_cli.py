@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import art_pixeldefend.detectors  # binds as_model before a test replaces it
 from art_pixeldefend import PixelDefendDetector, cli, datasets, greedy_decode
-from art_pixeldefend.models.zoo import names
+from art_pixeldefend.models.zoo import KINDS, load, names
 
 
 def run(*arguments):
@@ -103,7 +103,7 @@ def test_purify_refuses_an_output_before_the_work_is_done(images, tmp_path, monk
 def test_files_that_cannot_be_written_are_refused_before_the_work_is_done(
     command, option, images, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("art_pixeldefend.models.zoo.as_model", lambda *_, **__: pytest.fail("too late"))
+    monkeypatch.setattr("art_pixeldefend.models.zoo.load", lambda *_, **__: pytest.fail("too late"))
     options = {"--out": tmp_path / "x.csv"} if command == "detect" else {}
     options = {"--model": "digits"} | options | {option: images / "x.npy"}
     source = [] if command == "sample" else [images]
@@ -128,9 +128,79 @@ def test_help_names_every_bundled_model():
     assert ", ".join(names("pixelcnnpp")) == cli.BUNDLED
 
 
+def test_help_names_every_kind_of_model():
+    assert ", ".join(KINDS) == cli.KINDS
+
+
+SMALL = ["--filters", 4, "--resnets", 1, "--set", "mixtures=2", "--steps", 2, "--batch-size", 4, "--quiet"]
+
+
+def test_train_says_what_it_holds_back_and_records_no_place(digits, tmp_path):
+    folder = tmp_path / "secret"
+    folder.mkdir()
+    for i, image in enumerate(digits.x_train[:40]):
+        Image.fromarray(image[0]).save(folder / f"{i}.png")
+    run_folder = folder / "run"  # inside the images' folder
+    said = succeeds("train", folder, "--out", run_folder, *SMALL)
+    assert re.fullmatch(r"\d\.\d{4} bits/dim; held back from training: 3 calibration and 4 test images\n", said)
+    assert (run_folder / "samples.png").exists()
+    assert b"secret" not in (run_folder / "model.safetensors").read_bytes()
+    more = [*SMALL, "--steps", 3]
+    succeeds("train", f"{folder}/./", "--out", run_folder, *more, "--resume")
+    for i in range(20):
+        (folder / f"{i}.png").unlink()
+    said = fails("train", folder, "--out", run_folder, *more, "--resume")
+    assert "training_images was 33, now it is" in said and "--start-from" in said
+
+
+def test_train_does_not_overwrite_a_run_unless_told_to(tmp_path):
+    arguments = ["train", "digits", "--out", tmp_path, *SMALL]
+    succeeds(*arguments)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    said = fails(*arguments, "--seed", 1)
+    assert "--resume" in said and "--overwrite" in said
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    succeeds(*arguments, "--seed", 1, "--overwrite")
+    assert (tmp_path / "model.safetensors").read_bytes() != before
+    assert "seed was 1, now it is 0" in fails(*arguments, "--resume")
+
+
+def test_train_takes_the_size_of_the_model_it_starts_from(tmp_path, digits):
+    succeeds("train", "digits", "--out", tmp_path / "first", *SMALL)
+    checkpoint = tmp_path / "first" / "checkpoint.safetensors"
+    options = ["--start-from", checkpoint, "--steps", 1, "--quiet", "--dropout", 0.1, "--learning-rate", 0]
+    succeeds("train", "digits", "--out", tmp_path / "second", *options)
+    first, second = (load(tmp_path / name / "model.safetensors", "cpu") for name in ("first", "second"))
+    assert second.configuration == first.configuration | {"dropout": 0.1}
+    assert torch.equal(first.log_prob(digits.x_test[:5]), second.log_prob(digits.x_test[:5]))
+
+
+def test_train_takes_any_argument_of_a_model_of_any_kind(tmp_path):
+    score = [
+        "train",
+        "digits",
+        "--kind",
+        "score",
+        "--out",
+        tmp_path / "run",
+        "--steps",
+        1,
+        "--batch-size",
+        2,
+        "--quiet",
+    ]
+    sizes = ["--set", "channels=[4]", "--set", "blocks=[1]", "--set", "embedding=4"]
+    succeeds(*score, *sizes)
+    assert load(tmp_path / "run" / "model.safetensors", "cpu").channels == (4,)
+    assert "--filters is not an option of score models" in fails(*score, "--filters", 3, "--overwrite")
+    assert "--set must be NAME=VALUE" in fails(*score, "--set", "channels", "--overwrite")
+    assert "--kind must be one of" in fails("train", "digits", "--kind", "gan", "--out", tmp_path / "x")
+    assert ", ".join(KINDS) == cli.KINDS
+
+
 @pytest.mark.parametrize("command", ["score", "detect"])
 def test_a_folder_is_refused_as_a_table_before_the_work_is_done(command, images, tmp_path, monkeypatch):
-    monkeypatch.setattr("art_pixeldefend.models.zoo.as_model", lambda *_, **__: pytest.fail("too late"))
+    monkeypatch.setattr("art_pixeldefend.models.zoo.load", lambda *_, **__: pytest.fail("too late"))
     assert "--out" in fails(command, images, "--model", "digits", "--out", tmp_path, "--quiet")
 
 

@@ -66,6 +66,17 @@ class ImageModel(nn.Module):
         """
         return check_levels(name, x, self.image_shape).to(self.device)
 
+    def initialise(self, x: Tensor | np.ndarray) -> None:
+        """Initialise the model from levels ``x`` (N, C, H, W) of training images; by default nothing is done."""
+
+    def loss(self, x: Tensor) -> Tensor:
+        """The training loss of levels ``x`` (N, C, H, W), uint8, a scalar; see :func:`.training.train`."""
+        raise NotImplementedError(f"{type(self).__name__} has no training loss of its own")
+
+    def evaluate(self, x: Tensor) -> dict[str, float]:
+        """Means over held-out images, levels ``x`` (N, C, H, W), of named measures of quality; by default none."""
+        return {}
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Evaluation mode, and float32 in full precision on any device, for the duration of the context.
@@ -129,13 +140,23 @@ class ImageModel(nn.Module):
         try:
             if (kind := zoo.kind_of(header)) != cls.kind:
                 raise ValueError(f"its kind is {kind!r}, not {cls.kind!r}")
-            _check_finite(tensors)
-            with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # initial weights are drawn and overwritten
-                model = cls(**header["configuration"]).to(torch.float32)
-            model.load_state_dict(tensors)
+            model = cls.from_tensors(header["configuration"], tensors)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"path {str(path)!r} is not a {cls.__name__} model: {error}") from error
         model.provenance = header.get("provenance", {})
+        return model
+
+    @classmethod
+    def from_tensors(cls, configuration: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """Build a model of this configuration with these weights: float32, in evaluation mode, on the CPU.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: if they do not fit, or hold NaN or infinite weights.
+        """
+        _check_finite(tensors)
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # initial weights are drawn and overwritten
+            model = cls(**configuration).to(torch.float32)
+        model.load_state_dict(tensors)
         return model.eval()
 
     @classmethod

@@ -17,6 +17,8 @@ from torch import Tensor
 from art_pixeldefend.files import replacing
 
 FORMAT = 1
+RUN = "training-run"  # the kind of checkpoints; models have kinds of their own
+CHECKPOINT, METRICS, MODEL = "checkpoint.safetensors", "metrics.jsonl", "model.safetensors"  # the files of a run
 KEY = "art_pixeldefend"  # the metadata of safetensors maps strings to strings; the header is JSON under this key
 
 

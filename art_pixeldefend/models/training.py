@@ -1,23 +1,25 @@
-"""Training a PixelCNN++ by maximum likelihood: one run on one page.
+"""Train an image model of any kind: one run in one folder.
 
-A run lives in a folder: ``metrics.jsonl`` (a line per logging step), ``checkpoint.safetensors`` (everything a resumed
-run needs) and, at the end, ``model.safetensors`` (the averaged weights) and ``samples.png``. Nothing random depends on
-what happened before a step: the batch and the dropout of step t are functions of (seed, t, rank), so a run killed at
-any moment and resumed has the losses of one that was left alone.
+The folder holds ``metrics.jsonl`` (one JSON object a line), ``checkpoint.safetensors`` (everything that a resumed run
+needs) and, at the end, ``model.safetensors`` (the averaged weights). The images of step t and the randomness of its
+loss depend only on (seed, t, rank), so a run that is killed at any moment and resumed computes what it would have
+computed without the interruption.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,42 +31,43 @@ from art_pixeldefend import __version__
 from art_pixeldefend.datasets import FINGERPRINT, fingerprint
 from art_pixeldefend.devices import bf16_pays
 from art_pixeldefend.files import write_atomically
-from art_pixeldefend.models import checkpoint
-from art_pixeldefend.models.gradients import gradients_of
-from art_pixeldefend.models.pixelcnnpp.model import PixelCNNpp
-from art_pixeldefend.pictures import write_sheet
-from art_pixeldefend.validation import check_count, check_device, check_number, check_probability
+from art_pixeldefend.models import checkpoint, zoo
+from art_pixeldefend.models.base import ImageModel
+from art_pixeldefend.models.checkpoint import CHECKPOINT, METRICS, MODEL
+from art_pixeldefend.models.gradients import Gradients, all_reduce, gradients_of
+from art_pixeldefend.processes import ProcessGroup, process_group
+from art_pixeldefend.validation import check_count, check_device, check_number
 
-CHECKPOINT, METRICS, MODEL, SAMPLES = "checkpoint.safetensors", "metrics.jsonl", "model.safetensors", "samples.png"
-LOG_EVERY = 50  # steps a line of metrics
-MOST_SEED = 2**32 - 1  # what is made of it for an epoch and a step must be a seed of torch's
+LOG_EVERY = 50  # steps between two lines of metrics
+EVALUATED = 512  # held-out images that are evaluated during a run; at its end all are
+MAX_SEED = 2**32 - 1  # seeds of epochs and steps are derived from it and must fit into 64 bits
+BETAS = (0.95, 0.9995)  # Adam's, as in PixelCNN++
+MAY_CHANGE = ("steps", "every")  # settings that a resumed run may have other values of
+
+Model = TypeVar("Model", bound=ImageModel)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that determines a run, but for the images.
+    """Settings of a training run. The model has its own, and the images are given separately.
 
     Args:
-        filters, resnets, mixtures, dropout: of the model, as in :class:`PixelCNNpp`.
         steps: optimiser steps.
-        batch_size: images a step and process.
-        learning_rate: Adam's, at its highest.
+        batch_size: images per step and process.
+        learning_rate: the highest learning rate of Adam.
         warmup: steps over which the learning rate rises from 0.
-        decay: the last part of the run, over which it falls linearly to 0 (1: from the start; 0: never).
-        average: decay of the exponential moving average of the weights, which evaluation uses.
+        decay: fraction of the run, at its end, over which the learning rate falls linearly to 0; 0 for a constant one.
+        average: decay of the exponential moving average of the weights, which is evaluated and saved.
         clip: largest norm of the gradient.
-        seed: of initial weights, order of the images, and dropout.
-        every: steps between held-out evaluations, each with a checkpoint.
-        dataset: a name for the record.
+        seed: seed of the order of the images and of the randomness in the loss, such as dropout.
+        every: steps between held-out evaluations, each followed by a checkpoint.
+        flip: mirror each image horizontally with probability 1/2.
 
     Raises:
         ValueError: naming the argument that is not as described.
     """
 
-    filters: int = 40
-    resnets: int = 5
-    mixtures: int = 10
-    dropout: float = 0.5
     steps: int = 10_000
     batch_size: int = 16
     learning_rate: float = 2e-3
@@ -74,114 +77,328 @@ class Settings:
     clip: float = 1.0
     seed: int = 0
     every: int = 1_000
-    dataset: str = ""
+    flip: bool = False
 
     def __post_init__(self) -> None:
         checks: dict[str, Callable[[str, Any], float]] = {
-            **dict.fromkeys(("filters", "resnets", "mixtures", "steps", "batch_size", "every"), check_count),
+            **dict.fromkeys(("steps", "batch_size", "every"), check_count),
             **dict.fromkeys(("learning_rate", "clip"), check_number),
             **dict.fromkeys(("decay", "average"), partial(check_number, high=1)),
-            "dropout": check_probability,
             "warmup": partial(check_count, least=0),
-            "seed": partial(check_count, least=0, most=MOST_SEED),
+            "seed": partial(check_count, least=0, most=MAX_SEED),
         }
         for name, check in checks.items():
             object.__setattr__(self, name, check(name, getattr(self, name)))  # a plain number, which JSON can hold
+        if not isinstance(self.flip, bool):
+            raise ValueError(f"flip must be a bool, got {self.flip!r}")
 
     def learning_rate_at(self, step: int) -> float:
-        """Of the step with this number, counted from 0."""
+        """Learning rate of a step, counted from 0."""
         rising = (step + 1) / self.warmup if self.warmup else 1.0
         falling = (self.steps - step) / (self.decay * self.steps) if self.decay else 1.0
         return self.learning_rate * min(1.0, rising, falling)
 
     def average_decay_at(self, step: int) -> float:
-        """Smaller at first, so that the average forgets the initial weights."""
+        """Decay of the moving average at a step; smaller at first, so that the initial weights are forgotten."""
         return min(self.average, (1 + step) / (10 + step))
 
 
-class Loss(nn.Module):
-    """Bits per dimension of a batch of levels: a module of its own, because DDP synchronises through ``forward``."""
+def train(
+    model: Model,
+    loss: Callable[[Model, Tensor], Tensor],
+    images: np.ndarray | Tensor,
+    settings: Settings,
+    folder: str | PathLike[str],
+    *,
+    held_out: np.ndarray | Tensor | None = None,
+    evaluate: Callable[[Model, Tensor], Mapping[str, float]] | None = None,
+    start: Model | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str | torch.device | None = None,
+    mixed_precision: bool | None = None,
+    verbose: bool = True,
+) -> Model:
+    """Train ``model`` in place by Adam and leave the run in ``folder``.
 
-    def __init__(self, model: PixelCNNpp, mixed_precision: bool) -> None:
-        super().__init__()
-        self.model, self.mixed_precision = model, mixed_precision
+    Ctrl-C and SIGTERM end the run after the current step with a checkpoint. Torch's global random generators are left
+    as they were. Under ``torchrun`` every process calls this with the same arguments; gradients are averaged, and
+    rank 0 writes.
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Levels (N, C, H, W) to a number."""
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.mixed_precision):
-            return -self.model.sub_pixel_log_probs(x).mean() / math.log(2)
+        >>> import tempfile
+        >>> from art_pixeldefend import PixelCNNpp, datasets
+        >>> from art_pixeldefend.models.training import Settings, train
+        >>> data = datasets.load("digits")
+        >>> model = PixelCNNpp(data.image_shape, filters=4, resnets=1, mixtures=2)
+        >>> model.initialise(data.x_train[:100])
+        >>> settings = Settings(steps=2, batch_size=8)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = train(model, PixelCNNpp.loss, data.x_train, settings, folder, verbose=False)
+        >>> model.provenance["steps"]
+        2
+
+    Args:
+        model: the model, with its initial weights; those of rank 0 are used.
+        loss: a function of the model, in training mode, and of a batch of levels (N, C, H, W), uint8, on the model's
+            device, to a scalar. It may draw from torch's global generators.
+        images: levels (N, C, H, W) to train on.
+        settings: settings of the run.
+        folder: where the run is stored.
+        held_out: levels (M, C, H, W); the first 512 are evaluated during the run, all at its end.
+        evaluate: a function of the model with averaged weights, in evaluation mode, and of held-out levels to named
+            numbers. They become ``held_out_NAME`` in the metrics and ``test_NAME`` in the provenance.
+        start: a model of the same kind and size; the run begins with its weights, and its provenance is recorded.
+        provenance: entries to add to the provenance of the trained model, for example the name of the data set.
+        resume: continue from the checkpoint in ``folder``, if there is one.
+        overwrite: replace a run in ``folder``.
+        device: where to train; by default the GPU of this process, or the CPU on machines without one.
+        mixed_precision: compute the loss under bf16 autocast; by default as in the checkpoint that is resumed, else
+            where the hardware multiplies bf16 matrices.
+        verbose: show a progress bar.
+
+    Returns:
+        ``model`` with averaged weights, in evaluation mode, its ``provenance`` filled in.
+
+    Raises:
+        ValueError: for images that are not levels, or none; a ``start`` of another kind or size; a device that does not
+            exist; a checkpoint of another run; a folder that holds a run, without ``resume`` or ``overwrite``.
+        FloatingPointError: if the loss or the gradient becomes NaN or infinite. The last checkpoint remains.
+    """
+    if getattr(images, "ndim", 0) != 4 or not len(images):
+        raise ValueError(f"images must be levels (N, C, H, W) with N > 0, got shape {getattr(images, 'shape', None)}")
+    group, folder = process_group(), Path(folder)
+    device = check_device("device", group.device if device is None else device)
+    header = _on_rank_0(group, lambda: _header(folder, resume, overwrite))
+    with _isolated(device):
+        model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        levels = model.as_levels(images, "images")
+        if start is not None:
+            _copy_weights(start, model)
+        if mixed_precision is None:
+            mixed_precision = (header or {}).get("run", {}).get("mixed_precision", bf16_pays(device))
+        run = {
+            "model": {"kind": model.kind, **model.configuration},
+            "settings": asdict(settings),
+            "run": {
+                "training_images": len(levels),
+                FINGERPRINT: fingerprint(levels.cpu().numpy()),
+                "processes": group.world_size,
+                "mixed_precision": mixed_precision,
+                "start": None if start is None else start.fingerprint(),
+            },
+        }
+        state = State(model, settings)
+        if header is not None:
+            _on_rank_0(group, lambda: state.load(folder / CHECKPOINT, run))
+        _broadcast(group, state)
+
+        def loss_of(batch: Tensor) -> Tensor:
+            torch.clear_autocast_cache()  # under the caller's autocast it would keep casts of former weights
+            with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision):
+                return loss(model, batch)
+
+        trainer = _Trainer(
+            group=group,
+            state=state,
+            gradients=gradients_of(loss_of, model, device),
+            images=levels,
+            held_out=levels[:0] if held_out is None else model.as_levels(held_out, "held_out"),
+            evaluate=evaluate,
+            folder=folder,
+            run=run,
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        if overwrite and group.rank == 0:
+            for name in (CHECKPOINT, MODEL):
+                (folder / name).unlink(missing_ok=True)
+        trainer.train(verbose)
+        state.take_average()
+        model.eval()
+        model.provenance = {
+            **(provenance or {}),
+            **asdict(settings),
+            **{name: value for name, value in run["run"].items() if value is not None},
+            "held_out_images": len(trainer.held_out),
+            "version": __version__,
+            "torch": torch.__version__,
+            **({} if start is None else {"start": start.provenance}),
+            **{f"test_{name}": value for name, value in trainer.evaluation(trainer.held_out).items()},
+        }
+        if group.rank == 0:
+            model.save(folder / MODEL)
+    return model
+
+
+def check_run_folder(folder: str | PathLike[str], *, resume: bool = False, overwrite: bool = False) -> None:
+    """Check that a run may be stored in ``folder``.
+
+    Raises:
+        ValueError: if there is a run in it that is neither to be resumed nor to be replaced, or that cannot be resumed.
+    """
+    if resume and overwrite:
+        raise ValueError("resume and overwrite exclude each other")
+    folder = Path(folder)
+    found = [name for name in (CHECKPOINT, MODEL, METRICS) if (folder / name).exists()]
+    if resume and MODEL in found and CHECKPOINT not in found:
+        raise ValueError(f"resume: {str(folder)!r} holds a finished model, but no {CHECKPOINT} to continue from")
+    if found and not resume and not overwrite:
+        raise ValueError(
+            f"{str(folder)!r} already holds a run ({', '.join(found)}): resume=True continues it, "
+            "overwrite=True replaces it"
+        )
+
+
+def as_start(value: Any, cls: type[Model], *, name: str = "start") -> Model:
+    """A model that a run can begin with: what :func:`.zoo.as_model` accepts, or the path of a run's checkpoint.
+
+    Of a checkpoint these are the averaged weights.
+
+    Raises:
+        ValueError: if it is not a model of class ``cls``; the message names the argument ``name``.
+        FileNotFoundError: if it is a path without a file.
+    """
+    try:
+        is_run = isinstance(value, (str, PathLike)) and checkpoint.read_header(value).get("kind") == checkpoint.RUN
+    except (ValueError, OSError):
+        is_run = False
+    if not is_run:
+        return zoo.as_model(value, cls, "cpu", name=name)
+    tensors, header = checkpoint.read(value)
+    configuration = dict(header["model"])
+    if (kind := configuration.pop("kind")) != cls.kind:
+        raise ValueError(f"{name} must be of kind {cls.kind!r}, but {str(value)!r} is a run of kind {kind!r}")
+    weights = {part: _under(f"{part}.", tensors) for part in ("model", "average")}
+    model = cls.from_tensors(configuration, weights["model"] | weights["average"])
+    model.provenance = {**header["settings"], **header["run"], "steps": header["step"]}
+    return model
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 class State:
-    """What changes from step to step: the model, its average, the optimiser, the number of steps done."""
+    """Everything that changes from step to step: the model, the average of its weights, the optimiser."""
 
-    def __init__(self, model: PixelCNNpp, settings: Settings, start: str | None = None) -> None:
-        self.model, self.settings, self.start, self.step = model, settings, start, 0
-        self.parameters: list[Tensor] = list(model.parameters())
-        self.average = [parameter.detach().clone() for parameter in self.parameters]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=settings.learning_rate, betas=(0.95, 0.9995), fused=True)
+    def __init__(self, model: ImageModel, settings: Settings) -> None:
+        self.model, self.settings, self.step = model, settings, 0
+        self.parameters = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+        self.average = {name: tensor.detach().clone() for name, tensor in self.parameters.items()}
+        self.losses: list[Tensor] = []  # of the steps since the last line of metrics
+        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=settings.learning_rate, betas=BETAS, fused=True)
+        for parameter in self.parameters.values():
+            self.optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
-    def update(self) -> None:
-        """One optimiser step on the gradients that are there, and the average after it."""
-        nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
+    def update(self, loss: Tensor) -> None:
+        """Take one optimiser step with the gradients in the parameters, and record the loss they belong to."""
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip)
+        self.losses.append(torch.where(norm.isfinite(), loss, torch.nan))
         self.optimizer.param_groups[0]["lr"] = self.settings.learning_rate_at(self.step)
         self.optimizer.step()
         self.optimizer.zero_grad()
         with torch.no_grad():
-            torch._foreach_lerp_(self.average, self.parameters, 1 - self.settings.average_decay_at(self.step))
+            torch._foreach_lerp_(
+                list(self.average.values()),
+                list(self.parameters.values()),
+                1 - self.settings.average_decay_at(self.step),
+            )
         self.step += 1
 
     @contextmanager
-    def averaged(self) -> Iterator[PixelCNNpp]:
-        """The model in evaluation mode with its averaged weights, for as long as the context lasts."""
-        kept = [parameter.detach().clone() for parameter in self.parameters]
+    def averaged(self) -> Iterator[None]:
+        """Give the model its averaged weights, in evaluation mode, for the duration of the context."""
+        kept = [parameter.detach().clone() for parameter in self.parameters.values()]
         with torch.no_grad(), self.model.evaluating():
-            torch._foreach_copy_(self.parameters, self.average)
+            self.take_average()
             try:
-                yield self.model
+                yield
             finally:
-                torch._foreach_copy_(self.parameters, kept)
+                torch._foreach_copy_(list(self.parameters.values()), kept)
 
-    def save(self, path: Path) -> None:
-        """Write everything :meth:`load` needs."""
-        tensors = {f"parameter.{i}": tensor for i, tensor in enumerate(self.parameters)}
-        tensors |= {f"average.{i}": tensor for i, tensor in enumerate(self.average)}
-        for i, moments in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in moments.items()}
-        checkpoint.write(path, tensors, {"step": self.step, "settings": asdict(self.settings), "start": self.start})
+    @torch.no_grad()
+    def take_average(self) -> None:
+        """Give the model its averaged weights."""
+        torch._foreach_copy_(list(self.parameters.values()), list(self.average.values()))
 
-    def load(self, path: Path) -> None:
-        """Go on from what :meth:`save` wrote.
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of the state, by name, as they are in memory."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors |= {f"average.{name}": tensor for name, tensor in self.average.items()}
+        for name, parameter in self.parameters.items():
+            tensors |= {f"optimizer.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
+        return tensors
+
+    def save(self, path: Path, run: Mapping[str, Any]) -> None:
+        """Write everything that :meth:`load` needs; ``run`` describes the run in the header."""
+        losses = {"losses": torch.stack(self.losses)} if self.losses else {}
+        checkpoint.write(path, self.tensors() | losses, {"kind": checkpoint.RUN, "step": self.step, **run})
+
+    def load(self, path: Path, run: Mapping[str, Any]) -> None:
+        """Continue from the state in a file that :meth:`save` wrote.
 
         Raises:
-            ValueError: if the file is not a checkpoint of a run with these settings and this start.
+            ValueError: if the file is not a checkpoint, or of a run that differs from ``run``; the message names what
+                differs.
         """
         tensors, header = checkpoint.read(path)
-        if header.get("settings") != asdict(self.settings):
-            raise ValueError(f"resume: {str(path)!r} is from a run with other settings: {header.get('settings')}")
-        if header.get("start") != self.start:
-            raise ValueError(f"resume: {str(path)!r} is from a run that started from other weights")
+        if "settings" in header and "format" not in header:
+            tensors, header = _converted(tensors, header, list(self.parameters))
+        if header.get("kind") != checkpoint.RUN:
+            raise ValueError(f"resume: {str(path)!r} is not a checkpoint of a training run")
+        if different := _differences(header, json.loads(json.dumps(run))):
+            raise ValueError(
+                f"resume: {str(path)!r} is of another run: {'; '.join(different)}. Use its values, or begin "
+                f"a new run in another folder, with this file as its start (--start-from) to keep the weights"
+            )
+        if header["step"] > self.settings.steps:
+            raise ValueError(f"resume: steps must be at least {header['step']}, the step of {str(path)!r}")
         try:
             with torch.no_grad():
-                for i, (parameter, average) in enumerate(zip(self.parameters, self.average, strict=True)):
-                    parameter.copy_(tensors[f"parameter.{i}"])
-                    average.copy_(tensors[f"average.{i}"])
-            moments = {i: self._moments(tensors, i) for i in range(len(self.parameters))}
-            self.step = int(header["step"])
+                for name, tensor in self.tensors().items():
+                    tensor.copy_(tensors[name])
         except (KeyError, RuntimeError) as error:
-            raise ValueError(f"resume: {str(path)!r} does not fit this model and these images: {error}") from error
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+            raise ValueError(f"resume: {str(path)!r} does not fit this model: {error}") from error
+        self.losses = list(tensors["losses"].to(self.model.device)) if "losses" in tensors else []
+        self.step = header["step"]
 
-    def _moments(self, tensors: Mapping[str, Tensor], i: int) -> dict[str, Tensor]:
-        """Adam's state of a parameter, in the parameter's own memory layout: the fused step pairs them as they lie."""
-        like = self.parameters[i]
-        names = ("exp_avg", "exp_avg_sq")
-        moments = {name: torch.empty_like(like).copy_(tensors[f"optimizer.{i}.{name}"]) for name in names}
-        return moments | {"step": tensors[f"optimizer.{i}.step"]}
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What two descriptions of runs, as JSON, disagree on, as far as both mention it."""
+    found = []
+    for section, values in now.items():
+        for name, value in values.items():
+            old = before.get(section, {}).get(name, value)
+            equal = math.isclose(old, value, rel_tol=1e-9) if {type(old), type(value)} == {float} else old == value
+            if not equal and name not in MAY_CHANGE:
+                found.append(f"{name} was {old!r}, now it is {value!r}")
+    return found
+
+
+def _converted(
+    tensors: Mapping[str, Tensor], header: Mapping[str, Any], names: list[str]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A checkpoint of version 0.1.0, which only PixelCNN++ models had, in today's format.
+
+    It mentions neither images, processes nor precision: these are not compared.
+    """
+    settings = {**header["settings"], "flip": False}
+    model = {name: settings.pop(name) for name in ("filters", "resnets", "mixtures", "dropout")}
+    del settings["dataset"]
+    renamed = {}
+    for name, tensor in tensors.items():
+        part, i, *rest = name.split(".")
+        renamed[".".join(["model" if part == "parameter" else part, names[int(i)], *rest])] = tensor
+    sections = {"model": {"kind": "pixelcnnpp", **model}, "settings": settings, "run": {"start": header["start"]}}
+    return renamed, {"kind": checkpoint.RUN, "step": header["step"], **sections}
 
 
 class Batches:
-    """Which images a rank sees at a step: a fresh permutation every epoch, a function of (seed, step, rank) alone."""
+    """The images that a rank uses at a step: a new permutation every epoch, a function of (seed, step, rank) alone."""
 
     def __init__(self, count: int, batch_size: int, seed: int, rank: int, world: int) -> None:
         self.count, self.batch_size, self.seed, self.rank, self.world = count, batch_size, seed, rank, world
@@ -203,7 +420,7 @@ class Batches:
 
 
 class Log:
-    """``metrics.jsonl``: a JSON object a line. Lines after the step a run resumes from are dropped."""
+    """``metrics.jsonl``: one JSON object a line. Lines after the step that a run resumes from are dropped."""
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
@@ -217,163 +434,189 @@ class Log:
             file.write(json.dumps(values) + "\n")
 
 
-def evaluate(model: PixelCNNpp, images: Tensor) -> float:
-    """Mean bits per dimension of levels ``images``."""
-    return model.bits_per_dim(images).mean().item()
+class Interruption:
+    """Note SIGINT and SIGTERM while the context lasts, so that a step is completed before they take effect."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():  # only there Python allows handlers to be set
+            for number in self.SIGNALS:
+                if signal.getsignal(number) not in (None, signal.SIG_IGN):
+                    self._handlers[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.received = number
+
+    def take_effect(self) -> None:
+        """Restore the handlers and deliver the signal. If that returns, or there was none, raise KeyboardInterrupt."""
+        self.__exit__()
+        if self.received is not None:
+            signal.raise_signal(self.received)
+        raise KeyboardInterrupt
 
 
-def train(
-    settings: Settings,
-    images: np.ndarray | Tensor,
-    held_out: np.ndarray | Tensor,
-    folder: str | PathLike[str],
-    *,
-    start: PixelCNNpp | None = None,
-    resume: bool = False,
-    device: str | torch.device | None = None,
-    mixed_precision: bool | None = None,
-    verbose: bool = True,
-) -> PixelCNNpp:
-    """Train a model on levels ``images`` and leave the run in ``folder``.
+@dataclass
+class _Trainer:
+    """The training loop of one process."""
 
-    Under ``torchrun`` every process calls this with the same arguments; gradients are averaged (NCCL on GPUs, gloo on
-    CPUs), rank 0 writes.
+    group: ProcessGroup
+    state: State
+    gradients: Gradients
+    images: Tensor
+    held_out: Tensor
+    evaluate: Callable[[Any, Tensor], Mapping[str, float]] | None
+    folder: Path
+    run: Mapping[str, Any]
 
-    Args:
-        settings: of model and run.
-        images: levels (N, C, H, W) to train on.
-        held_out: levels (M, C, H, W); the first 512 are evaluated during the run, all at its end.
-        folder: where the run lives.
-        start: a model of the size in ``settings``; the run begins with its weights, which stay as they are.
-        resume: go on from the folder's checkpoint, if it has one.
-        device: where to train; the process's GPU where there is one.
-        mixed_precision: bf16 autocast; by default where the hardware has it.
-        verbose: show a progress bar.
+    def train(self, verbose: bool) -> None:
+        """Take the remaining steps, with metrics, held-out evaluations and checkpoints.
 
-    Returns:
-        The model with averaged weights, in evaluation mode, its ``provenance`` filled in.
+        Raises:
+            FloatingPointError: if the loss or the gradient becomes NaN or infinite.
+            KeyboardInterrupt: after a SIGINT in any process, or what else a signal's handler raises.
+        """
+        group, state, settings = self.group, self.state, self.state.settings
+        log = Log(self.folder / METRICS, state.step) if group.rank == 0 else None
+        batches = Batches(len(self.images), settings.batch_size, settings.seed, group.rank, group.world_size)
+        state.model.train()
+        began, first = time.perf_counter(), state.step
+        hidden = not verbose or group.rank > 0
+        with Interruption() as interruption, tqdm(
+            total=settings.steps, initial=state.step, unit="step", disable=hidden
+        ) as bar:  # fmt: skip
+            while state.step < settings.steps:
+                self._step(self.images[batches(state.step).to(self.images.device)])
+                bar.update()
+                save = state.step % settings.every == 0 or state.step == settings.steps
+                line = save or state.step % LOG_EVERY == 0
+                stop = self._any(interruption.received is not None)
+                if not (line or stop):
+                    continue
+                mean = torch.stack(state.losses).mean().item()
+                if not math.isfinite(mean):
+                    raise FloatingPointError(f"the loss is {mean} at step {state.step}; lower learning_rate")
+                if line:
+                    images = (state.step - first) * settings.batch_size * group.world_size
+                    rate = images / (time.perf_counter() - began)
+                    bar.set_postfix_str(f"loss {mean:.3f}, {rate:.0f} images/s")
+                    if log:
+                        log.write(step=state.step, loss=mean, images_per_second=round(rate, 1))
+                    state.losses = []
+                if save:
+                    with state.averaged():
+                        values = self.evaluation(self.held_out[:EVALUATED])
+                    if log and values:
+                        log.write(step=state.step, **{f"held_out_{name}": value for name, value in values.items()})
+                if (save or stop) and group.rank == 0:
+                    state.save(self.folder / CHECKPOINT, self.run)
+                group.wait()
+                if stop:
+                    bar.write(f"stopped after step {state.step} with a checkpoint")
+                    interruption.take_effect()
+                began, first = time.perf_counter(), state.step
 
-    Raises:
-        ValueError: for images that are not levels, or too few; for a ``start`` of another size; for a device that is
-            not there; or, resuming, a checkpoint of another run.
-        FloatingPointError: if the loss stops being finite. The last checkpoint stays.
-    """
-    with _processes() as (rank, world):
-        own = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-        device = check_device("device", own if device is None else device)
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            return _Run(settings, images, held_out, Path(folder), start, rank, world, device, mixed_precision).go(
-                resume, verbose
-            )
+    def _step(self, batch: Tensor) -> None:
+        settings, step, group = self.state.settings, self.state.step, self.group
+        _seed(batch.device, (settings.seed * 1_000_003 + step) * group.world_size + group.rank)
+        if settings.flip:
+            mirrored = torch.rand(len(batch), 1, 1, 1) < 0.5
+            batch = torch.where(mirrored.to(batch.device), batch.flip(-1), batch)
+        loss = self.gradients(batch.contiguous(memory_format=torch.channels_last)).float()
+        gradients = [p.grad for p in self.state.parameters.values() if p.grad is not None]
+        all_reduce([*gradients, loss], group.world_size)
+        self.state.update(loss)
+
+    def _any(self, flag: bool) -> bool:
+        """Whether ``flag`` is set in any process."""
+        if self.group.world_size == 1:
+            return flag
+        device = "cpu" if "cpu" in dist.get_backend_config() else self.images.device
+        flags = torch.tensor([flag], dtype=torch.int32, device=device)
+        dist.all_reduce(flags)
+        return bool(flags.item())
+
+    def evaluation(self, images: Tensor) -> dict[str, float]:
+        """Named results of the model for held-out images, which rank 0 computes."""
+        evaluate = self.evaluate
+        if evaluate is None or not len(images):
+            return {}
+        _seed(images.device, self.state.settings.seed)
+        return _on_rank_0(self.group, lambda: dict(evaluate(self.state.model, images)))
 
 
 @contextmanager
-def _processes() -> Iterator[tuple[int, int]]:
-    """(rank, world size); under ``torchrun`` joins the other processes, unless the caller has done so already."""
-    if not dist.is_torchelastic_launched() or dist.is_initialized():
-        yield (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        return
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+def _isolated(device: torch.device) -> Iterator[None]:
+    """Make ``device`` current, record gradients, ignore the caller's autocast, and restore random generators."""
+    cuda = [device] if device.type == "cuda" else []
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(cuda))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        if cuda:
+            stack.enter_context(torch.cuda.device(device))
+        yield
+
+
+def _seed(device: torch.device, seed: int) -> None:
+    """Seed the generator of the CPU and that of ``device``; unlike ``torch.manual_seed``, of no other GPU."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
+def _header(folder: Path, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+    """The header of the checkpoint to resume, if there is one; raises what :func:`check_run_folder` raises."""
+    check_run_folder(folder, resume=resume, overwrite=overwrite)
+    path = folder / CHECKPOINT
+    return checkpoint.read_header(path) if resume and path.exists() else None
+
+
+def _copy_weights(start: ImageModel, model: ImageModel) -> None:
     try:
-        yield dist.get_rank(), dist.get_world_size()
-    finally:
-        dist.destroy_process_group()
+        if type(start) is not type(model) or start.image_shape != model.image_shape:
+            raise RuntimeError("another kind or image shape")
+        model.load_state_dict(start.state_dict())
+    except RuntimeError as error:
+        raise ValueError(
+            f"start must be a {type(model).__name__} of the size of the model, {model.configuration}, "
+            f"got {getattr(start, 'configuration', start)!r}"
+        ) from error
 
 
-class _Run:
-    """The parts of one run in one process, put together."""
+def _on_rank_0(group: ProcessGroup, function: Callable[[], T]) -> T:
+    """The result of a function that only rank 0 calls; its ValueError or OSError is raised in every process."""
+    value, error = None, None
+    if group.rank == 0:
+        try:
+            value = function()
+        except (ValueError, OSError) as caught:
+            error = caught
+    value, error = group.gather((value, error))[0]
+    if error is not None:
+        raise error
+    return value  # type: ignore[return-value]
 
-    def __init__(self, settings, images, held_out, folder, start, rank, world, device, mixed_precision) -> None:
-        if getattr(images, "ndim", 0) != 4 or not len(images):
-            raise ValueError(
-                f"images must be levels (N, C, H, W) with N > 0, got shape {getattr(images, 'shape', None)}"
-            )
-        torch.manual_seed(settings.seed)
-        self.settings, self.folder, self.rank, self.world, self.device = settings, folder, rank, world, device
-        self.model = PixelCNNpp(
-            tuple(images.shape[1:]), settings.filters, settings.resnets, settings.mixtures, settings.dropout
-        )
-        self.model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.images = self.model.as_levels(images, "images")
-        self.held_out = self.model.as_levels(held_out, "held_out")
-        self.mixed_precision = bf16_pays(device) if mixed_precision is None else mixed_precision
-        self._begin_with(start)
-        self.start = start
-        loss = Loss(self.model, self.mixed_precision)
-        self.gradients = gradients_of(nn.parallel.DistributedDataParallel(loss) if world > 1 else loss, device)
-        self.state = State(self.model, settings, None if start is None else start.fingerprint())
-        self.batches = Batches(len(self.images), settings.batch_size, settings.seed, rank, world)
 
-    def _begin_with(self, start: PixelCNNpp | None) -> None:
-        if start is None:
-            self.model.initialise(self.images[:100])
-            return
-        here, there = ({**model.configuration, "dropout": None} for model in (self.model, start))
-        if here != there:
-            raise ValueError(f"start must be of the size in settings and of these images, {here}, got {there}")
-        self.model.load_state_dict(start.state_dict())
-
-    def go(self, resume: bool, verbose: bool) -> PixelCNNpp:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if resume and (self.folder / CHECKPOINT).exists():
-            self.state.load(self.folder / CHECKPOINT)
-        log = Log(self.folder / METRICS, self.state.step) if self.rank == 0 else None
-        self.model.train()
-        bar = tqdm(
-            total=self.settings.steps, initial=self.state.step, unit="step", disable=not verbose or self.rank > 0
-        )
-        losses: list[Tensor] = []
-        began = time.perf_counter()
-        while self.state.step < self.settings.steps:
-            losses.append(self._step())
-            bar.update()
-            step, every = self.state.step, self.settings.every
-            if step % LOG_EVERY == 0 or step % every == 0 or step == self.settings.steps:
-                mean = torch.stack(losses).mean().item()
-                rate = len(losses) * self.settings.batch_size * self.world / (time.perf_counter() - began)
-                bar.set_postfix_str(f"{mean:.3f} bits/dim, {rate:.0f} images/s")
-                if not math.isfinite(mean):
-                    raise FloatingPointError(f"the loss is {mean} at step {step}; lower learning_rate")
-                if log:
-                    log.write(step=step, bits_per_dim=mean, images_per_second=round(rate, 1))
-                    if step % every == 0:
-                        self._checkpoint(log)
-                losses, began = [], time.perf_counter()
-        bar.close()
-        return self._finish()
-
-    def _checkpoint(self, log: Log) -> None:
-        if len(self.held_out):
-            with self.state.averaged() as model:
-                log.write(step=self.state.step, held_out_bits_per_dim=evaluate(model, self.held_out[:512]))
-        self.state.save(self.folder / CHECKPOINT)
-
-    def _step(self) -> Tensor:
-        step, settings = self.state.step, self.settings
-        batch = self.images[self.batches(step).to(self.device)]
-        torch.manual_seed((settings.seed * 1_000_003 + step) * self.world + self.rank)  # dropout
-        loss = self.gradients(batch.contiguous(memory_format=torch.channels_last))
-        self.state.update()
-        return loss
-
-    def _finish(self) -> PixelCNNpp:
-        with torch.no_grad():
-            torch._foreach_copy_(self.state.parameters, self.state.average)
-        self.model.eval()
-        self.model.provenance = asdict(self.settings) | {
-            "version": __version__,
-            "torch": torch.__version__,
-            "processes": self.world,
-            "mixed_precision": self.mixed_precision,
-            "training_images": len(self.images),
-            FINGERPRINT: fingerprint(self.images.cpu().numpy()),
-            "held_out_images": len(self.held_out),
-        }
-        if self.start is not None:
-            self.model.provenance["start"] = self.start.provenance
-        if self.rank == 0:
-            if len(self.held_out):
-                self.model.provenance["test_bits_per_dim"] = evaluate(self.model, self.held_out)
-            self.model.save(self.folder / MODEL)
-            write_sheet(self.folder / SAMPLES, self.model.sample(16, seed=self.settings.seed).cpu().numpy())
-        return self.model
+def _broadcast(group: ProcessGroup, state: State) -> None:
+    """Give every process the state of rank 0."""
+    if group.world_size == 1:
+        return
+    device = state.model.device
+    state.step, losses = _on_rank_0(group, lambda: (state.step, [loss.cpu() for loss in state.losses]))
+    state.losses = [loss.to(device) for loss in losses]
+    with torch.no_grad():
+        for tensor in state.tensors().values():
+            flat = tensor.flatten().clone()
+            dist.broadcast(flat, 0)
+            tensor.copy_(flat.view(tensor.shape))
