@@ -1,14 +1,17 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from art_pixeldefend import datasets
 from art_pixeldefend.evaluation.grid import Row
+from art_pixeldefend.evaluation.paper.grids import GRIDS
 from art_pixeldefend.evaluation.stages import Stages
 from art_pixeldefend.evaluation.store import Store
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 ADAPTIVE = Row("vgg", "normal", "adaptive-pixeldefend")
 
 
@@ -73,3 +76,11 @@ def test_attacked_classifiers_have_no_gradients_in_their_weights(finished, tiny)
     stages = Stages(tiny, datasets.load("digits"), Store(finished))
     classifier = stages.classifier(tiny.rows[0], False)
     assert not any(parameter.requires_grad for parameter in classifier.model.parameters())
+
+
+def test_the_published_classifiers_are_trained_on_the_same_images_as_before(fashion_mnist, tmp_path):
+    published = json.loads((RESULTS / "fashion-mnist.json").read_text())["facts"]["classifiers"]
+    stages = Stages(GRIDS["fashion-mnist"], fashion_mnist, Store(tmp_path))
+    ours = stages.training(GRIDS["fashion-mnist"].rows[0])
+    for classifier in published.values():
+        assert all(classifier["training"][name] == ours[name] for name in ("dataset", "validation", "seed"))
