@@ -6,7 +6,7 @@ from art_pixeldefend.evaluation import runner
 from art_pixeldefend.evaluation.grid import Grid, Row  # noqa: F401  # for the source below
 from art_pixeldefend.evaluation.paper.grids import defences  # noqa: F401  # for the source below
 
-# Squeezing stands for every defence: it costs nothing. Four chunks, so that two processes have two each.
+# Squeezing stands for every defence: it takes no time.
 SOURCE = """Grid(
     "digits",
     (Row("vgg"), Row("vgg", "normal", "feature-squeezing", "white-box"), Row("vgg", "normal", "feature-squeezing")),

@@ -105,15 +105,6 @@ def test_a_killed_run_goes_on_to_the_same_results(finished, tmp_path, tiny, run,
     assert {name: kept for name, kept in results(out).items() if not name.endswith(".partial")} == results(finished)
 
 
-def test_two_processes_give_the_table_of_one(finished, tmp_path, tiny, run, source):
-    file, environment = script(tmp_path, source)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", file]
-    done = subprocess.run([*command, str(tmp_path / "out")], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for name in ("table.md", "table.csv"):
-        assert (tmp_path / "out" / name).read_text() == (finished / name).read_text()
-
-
 def test_a_cell_that_fails_is_recorded_and_stops_no_other(tmp_path, tiny, run, cells):
     broken = {**tiny.defences, "broken": (("art.defences.preprocessor.NoSuchThing", {}),)}
     grid = replace(tiny, defences=broken, rows=(Row("vgg", "normal", "broken"), Row("vgg")), images=8, eps=(16,))

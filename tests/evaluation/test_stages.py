@@ -15,8 +15,8 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 ADAPTIVE = Row("vgg", "normal", "adaptive-pixeldefend")
 
 
-def test_bare_rows_share_attacked_images(finished):
-    # Noise: one for each radius; FGSM: one for each radius bare, one through; each of four chunks.
+def test_blind_rows_share_attacked_images(finished):
+    # Noise: one for each radius; FGSM: one for each radius blind, one white-box; each of four chunks.
     assert len(list((finished / "attacked").iterdir())) == 4 * (2 + 2 * 2)
 
 
