@@ -1,4 +1,4 @@
-"""The demo: a small classifier of digits is attacked; its images are purified, and told from clean ones."""
+"""The demo: attack a small classifier of digits, purify the attacked images, and detect them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ from art_pixeldefend import __version__, datasets
 from art_pixeldefend.attacks import ATTACKS, PAPER, make_attack
 from art_pixeldefend.detectors import PixelDefendDetector
 from art_pixeldefend.evaluation import figures
+from art_pixeldefend.evaluation.stages import seeded
 from art_pixeldefend.files import write_atomically
+from art_pixeldefend.levels import from_levels, to_levels
 from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
 from art_pixeldefend.purifiers import AdaptivePixelDefend, PixelDefend
 
-EPS_ATTACK, EPS_DEFEND = 40, 56  # of 255 levels; a digit's own steps are 16
-VALIDATION = 100  # of the calibration images, which the table does not report, choose the adaptive threshold
-NAMES = {"clean": "clean", "rand": "RAND", "fgsm": "FGSM", "bim": "BIM", "deepfool": "DeepFool", "cw": "CW"}
+EPS_ATTACK, EPS_DEFEND = 40, 56  # levels of 255; the grey values of the digits are 16 levels apart
+VALIDATION = 100  # calibration images that choose the adaptive threshold; the table does not report them
+NAMES = {"clean": "clean"} | {name: ATTACKS[name].title for name in PAPER}
 
 
 def run(out: Path, *, seed: int = 0, verbose: bool = True) -> str:
@@ -72,27 +74,26 @@ def run(out: Path, *, seed: int = 0, verbose: bool = True) -> str:
 
 
 def as_images(levels: np.ndarray) -> np.ndarray:
-    """Levels as the classifier's images in [0, 1], float32."""
-    return (levels / 255).astype(np.float32)
+    """Return levels as images in [0, 1], float32."""
+    return from_levels(levels)
 
 
 def train_classifier(x: np.ndarray, y: np.ndarray, seed: int) -> PyTorchClassifier:
-    """A small convolutional network, trained for a few seconds."""
-    torch.manual_seed(seed)
-    np.random.seed(seed)  # ART shuffles with NumPy's global generator
-    model = nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 16, 64), nn.ReLU(), nn.Linear(64, 10),
-    )  # fmt: skip
-    classifier = PyTorchClassifier(
-        model, nn.CrossEntropyLoss(), (1, 8, 8), 10, torch.optim.Adam(model.parameters(), 1e-3), clip_values=(0.0, 1.0)
-    )
-    classifier.fit(x, np.eye(10, dtype=np.float32)[y], batch_size=64, nb_epochs=20)
+    """Train a small convolutional network for a few seconds."""
+    with seeded(seed):  # torch initialises the weights, ART shuffles with NumPy
+        model = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.Flatten(),
+            nn.Linear(64 * 16, 64), nn.ReLU(), nn.Linear(64, 10),
+        )  # fmt: skip
+        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+        classifier = PyTorchClassifier(model, nn.CrossEntropyLoss(), (1, 8, 8), 10, optimizer, clip_values=(0.0, 1.0))
+        classifier.fit(x, np.eye(10, dtype=np.float32)[y], batch_size=64, nb_epochs=20)
     return classifier
 
 
 def attack(classifier: PyTorchClassifier, x: np.ndarray, y: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """Images under each of the paper's attacks, and clean, by name. The attacks see the bare classifier."""
+    """Return images clean and under each of the paper's attacks, by name. The attacks see no defence."""
     one_hot = np.eye(10, dtype=np.float32)[y]
     attacks = {name: make_attack(name, classifier, EPS_ATTACK, seed=seed) for name in PAPER}
     return {"clean": x} | {
@@ -101,7 +102,7 @@ def attack(classifier: PyTorchClassifier, x: np.ndarray, y: np.ndarray, seed: in
 
 
 def make_defences(pixel_cnn: PixelCNNpp) -> dict[str, Any]:
-    """The table's rows but the first."""
+    """Return the defences by their names in the table."""
     return {
         "feature squeezing": FeatureSqueezing(clip_values=(0.0, 1.0), bit_depth=3),
         "PixelDefend": PixelDefend(eps=EPS_DEFEND, pixel_cnn=pixel_cnn),
@@ -110,12 +111,12 @@ def make_defences(pixel_cnn: PixelCNNpp) -> dict[str, Any]:
 
 
 def attacks_of(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns but "clean"."""
+    """Return all columns except "clean"."""
     return {name: value for name, value in columns.items() if name != "clean"}
 
 
 def predict(classifier: PyTorchClassifier, x: np.ndarray) -> np.ndarray:
-    """Class numbers (N,)."""
+    """Return predicted class numbers (N,)."""
     return classifier.predict(x.astype(np.float32)).argmax(axis=1)
 
 
@@ -127,12 +128,12 @@ def draw(
     p_values: Mapping[str, np.ndarray],
     p_purified: Mapping[str, np.ndarray],
 ) -> None:
-    """Write the pictures: images with predicted labels, p-values, ROC curves (Figures 4, 3 and 7, 6 of the paper)."""
+    """Draw images with predicted labels, p-values and ROC curves (Figures 4, 3 and 7, 6 of the paper)."""
     some = np.arange(10)
     strips, labels = {}, {}
     for name, title in NAMES.items():
         for row, source, defence in ((title, images, "none"), (f"{title}, purified", purified, "PixelDefend")):
-            strips[row] = np.round(source[name][some] * 255).astype(np.uint8)
+            strips[row] = to_levels(source[name][some])
             labels[row] = [str(label) for label in predicted[defence][name][some]]
     figures.image_strips(out / "images.png", strips, labels, [str(label) for label in predicted["none"]["clean"][some]])
     before, after = ({NAMES[name]: p for name, p in values.items()} for values in (p_values, p_purified))
@@ -141,7 +142,7 @@ def draw(
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Accuracies in percent, a row a defence, and the detector's AUROC in percent, as Markdown."""
+    """Return a Markdown table of each defence's accuracies and the detector's AUROC, in percent."""
     columns = list(NAMES)
     lines = ["| accuracy, % | " + " | ".join(NAMES.values()) + " | strongest attack |", "| --- |" + " --: |" * 7]
     for defence, row in results["accuracy"].items():
@@ -153,7 +154,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def report(results: Mapping[str, Any]) -> str:
-    """The whole report, as Markdown."""
+    """Return the report as Markdown."""
     undefended, purified = (attacks_of(results["accuracy"][name]) for name in ("none", "PixelDefend"))
     margins = ", ".join(f"{NAMES[name]} {100 * (purified[name] - undefended[name]):+.1f}" for name in undefended)
     model = results["density_model"]
@@ -163,15 +164,17 @@ def report(results: Mapping[str, Any]) -> str:
 Purified against undefended, in points: {margins}.
 
 {results["images"]} test images of scikit-learn's digits, a convolutional classifier, seed {results["seed"]}.
-The attacks see the bare classifier; eps {results["eps_attack"]} of 255 levels, eps_defend {results["eps_defend"]}.
+The attacks see the classifier without a defence, eps {results["eps_attack"]} of 255 levels; eps_defend is {
+        results["eps_defend"]
+    }.
 The adaptive threshold, {results["adaptive_threshold_bits_per_dim"]:.3f} bits/dim, was chosen on {VALIDATION} other
 test images; the detector was calibrated on {results["calibration_images"]}.
 The density model has {model.get("test_bits_per_dim", float("nan")):.3f} bits/dim on the test set.
-Detection is the area under the ROC curve of telling attacked from clean test images by their p-values.
-All of it took {results["seconds"]:.0f} s with art-pixeldefend {results["version"]}.
+Detection: area under the ROC curve for detecting attacked images among clean test images by their p-values.
+The demo took {results["seconds"]:.0f} s with art-pixeldefend {results["version"]}.
 
-Images as the classifier sees them, and what it says; green where it says what it says of the clean image
-(Figure 4 of the paper):
+Images with the classifier's predictions; a prediction is green if it is that of the clean image (Figure 4 of the
+paper):
 
 ![images](images.png)
 
@@ -179,7 +182,7 @@ p-values under the density model, before and after purification (Figures 3 and 7
 
 ![p-values](p-values.png)
 
-Telling attacked images by their p-values, before and after purification (Figure 6):
+Detecting attacked images by their p-values, before and after purification (Figure 6):
 
 ![ROC curves](roc.png)
 """

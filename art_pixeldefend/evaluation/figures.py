@@ -1,6 +1,7 @@
-"""The paper's figures, from plain arrays.
+"""Figures of attacked, purified and detected images, from plain arrays.
 
-Every function takes a path that ends in ``.png`` or ``.pdf``, or has no ending: then it writes both.
+Every function takes a path that ends in ``.png`` or ``.pdf``; for a path without an ending it writes both. Numbers of
+figures are those in PixelDefend (Song et al., ICLR 2018).
 """
 
 from __future__ import annotations
@@ -29,15 +30,13 @@ def image_strips(
     labels: Mapping[str, Sequence[str]] | None = None,
     truth: Sequence[str] | None = None,
 ) -> None:
-    """Rows of images, each with its name on the left and a label under every image (Figures 1, 4, 10 and 11).
-
-    For attacked images above purified ones give ``{"attacked": ..., "purified": ...}``.
+    """Draw rows of images, with a name left of each row and a label under each image (Figures 1, 4, 10 and 11).
 
     Args:
         path: of the file.
         strips: levels (N, C, H, W) by the row's name; every row has the same number of images.
-        labels: what the classifier says of each image, by the row's name; rows without are not labelled.
-        truth: the true labels (N,): right predictions are then green, wrong ones red.
+        labels: the predicted label of each image, by the row's name; other rows have no labels.
+        truth: the true labels (N,): correct predictions are then green, wrong ones red.
 
     Raises:
         ValueError: if rows or labels differ in number.
@@ -60,11 +59,11 @@ def image_strips(
 
 
 def sample_sheets(path: str | PathLike[str], sheets: Mapping[str, np.ndarray], columns: int = 10) -> None:
-    """Sheets of images, one under the other, each with its name above it (Figures 8 and 9).
+    """Draw sheets of images one below the other, each under its name (Figures 8 and 9).
 
     Args:
         path: of the file.
-        sheets: levels (N, C, H, W) by name, N any.
+        sheets: levels (N, C, H, W) by name; N may differ.
         columns: images side by side.
     """
     tiles = {name: tiled(images, columns) for name, images in sheets.items()}
@@ -84,17 +83,17 @@ def p_value_histograms(
     after: Mapping[str, np.ndarray] | None = None,
     bins: int = 50,
 ) -> None:
-    """A histogram of p-values for each kind of image, before and, where given, after purification (Figures 3 and 7).
+    """Draw a histogram of p-values for each kind of image, before and after purification (Figures 3 and 7).
 
     Args:
         path: of the file.
         before: p-values (N,) by the name of the attack, "clean" among them.
-        after: those of the same images purified, by the same names.
-        bins: of the unit interval.
+        after: p-values of the same images purified, by the same names; some names may be missing.
+        bins: number of bins in the unit interval.
     """
     figure, axes = _panels(len(before))
     for (name, values), ax in zip(before.items(), axes, strict=True):
-        ax.hist(values, bins=bins, range=(0, 1), density=True, color="#4477aa", alpha=0.75, label="as it is")
+        ax.hist(values, bins=bins, range=(0, 1), density=True, color="#4477aa", alpha=0.75, label="not purified")
         if after is not None and name in after:
             ax.hist(
                 after[name],
@@ -159,7 +158,7 @@ def _labelled(negatives: np.ndarray, positives: np.ndarray) -> tuple[np.ndarray,
 def likelihood_densities(
     path: str | PathLike[str], bits: Mapping[str, np.ndarray], errors: Mapping[str, float] | None = None
 ) -> None:
-    """Densities of bits per dimension for each kind of image, with the classifier's errors (Figure 2).
+    """Draw densities of bits per dimension for each kind of image (Figure 2).
 
     Args:
         path: of the file.
@@ -200,7 +199,7 @@ def certified_accuracy(path: str | PathLike[str], radii: Mapping[str, np.ndarray
 
 
 def _density(values: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """A kernel estimate; a histogram where the values are too few or too equal for one."""
+    """Return a kernel density estimate, or a histogram if there are fewer than three or only equal values."""
     values = np.asarray(values)[np.isfinite(values)]
     if len(values) > 2 and np.ptp(values) > 0:
         return gaussian_kde(values)(grid)
@@ -209,7 +208,7 @@ def _density(values: np.ndarray, grid: np.ndarray) -> np.ndarray:
 
 
 def _panels(count: int, columns: int = 3, width: float = 2.9, height: float = 2.4) -> tuple[Figure, list[Axes]]:
-    """A figure of ``count`` panels."""
+    """Return a figure with ``count`` panels."""
     columns = min(columns, count)
     rows = math.ceil(count / columns)
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
