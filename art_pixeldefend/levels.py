@@ -128,7 +128,8 @@ class Images:
         x = x.detach()
         if x.dtype in (torch.uint16, torch.uint32, torch.uint64):  # torch cannot compare these
             x = x.double()
-        ends = [(end.double() - low) / (high - low) for end in x.aminmax(dim=0)]
+        extremes = x.aminmax(dim=0) if isinstance(low, Tensor) else x.aminmax()  # the latter is much faster
+        ends = [(end.double() - low) / (high - low) for end in extremes]
         least, most = ends[0].min().item(), ends[1].max().item()
         if not (math.isfinite(least) and math.isfinite(most)):
             raise ValueError("x must be finite, got NaN or infinity")
