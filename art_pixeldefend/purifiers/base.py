@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from inspect import signature
 from typing import Any
 
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from art_pixeldefend.batches import map_batches
+from art_pixeldefend.devices import full_float32
 from art_pixeldefend.levels import UNIT, ClipValues, Images, as_tensor, check_clip_values
+from art_pixeldefend.models.base import ImageModel
 from art_pixeldefend.purifiers.parameters import all_or_none
 from art_pixeldefend.validation import check_count
 
@@ -254,14 +256,15 @@ class Purifier(PreprocessorPyTorch):
                 start = int(positions[0]) if len(positions) else 0
                 return function(slice(start, start + len(positions)))
 
-            with self._evaluating(x.device):
+            with self._evaluating():
                 return map_batches(batch, torch.arange(len(x)), self.batch_size, verbose=self.verbose, what="purify")
 
-        if x.is_floating_point() and self.gradient == "exact":
+        differentiated = x.requires_grad and torch.is_grad_enabled()
+        if differentiated and self.gradient == "exact":
             return Recomputed.apply(x, purify, batches)
         with torch.no_grad():
             result = batches(lambda part: purify(x[part], part.start))
-        return StraightThrough.apply(x, lambda _: result) if x.is_floating_point() else result
+        return StraightThrough.apply(x, lambda _: result) if differentiated else result
 
     def __call__(self, x: Any, y: Any | None = None) -> tuple[Any, Any | None]:
         """Purify arrays, for estimators of any framework.
@@ -302,12 +305,9 @@ class Purifier(PreprocessorPyTorch):
             return int(torch.randint(2**62, ()))
         return self.seed or 0
 
-    @contextmanager
-    def _evaluating(self, device: torch.device) -> Iterator[None]:
+    def _evaluating(self) -> AbstractContextManager[None]:
         """No dropout, full precision and no autocast, whatever the caller has set."""
-        model = self.model if hasattr(self.model, "evaluating") else None
-        with torch.autocast(device.type, enabled=False), nullcontext() if model is None else model.evaluating():
-            yield
+        return self.model.evaluating() if isinstance(self.model, ImageModel) else full_float32()
 
     def _check_params(self) -> None:
         self.clip_values = check_clip_values(self.clip_values)
