@@ -26,7 +26,7 @@ def check_clip_values(value: Any) -> ClipValues:
         ValueError: naming ``clip_values``.
     """
     try:
-        low, high = (np.asarray(end, dtype=np.float64) for end in value)
+        low, high = (np.array(end, dtype=np.float64) for end in value)
         if np.isfinite(low).all() and np.isfinite(high).all() and low.size and high.size and (low < high).all():
             if low.min() == low.max() and high.min() == high.max():
                 return float(low.flat[0]), float(high.flat[0])

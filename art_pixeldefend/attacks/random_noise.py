@@ -8,7 +8,8 @@ import numpy as np
 from art.attacks.attack import EvasionAttack
 from art.estimators.estimator import BaseEstimator
 
-from art_pixeldefend.attacks.budget import from_levels, scalar_clip_values, to_levels
+from art_pixeldefend.attacks.budget import scalar_clip_values
+from art_pixeldefend.levels import from_levels, to_levels
 from art_pixeldefend.validation import check_count, check_eps
 
 

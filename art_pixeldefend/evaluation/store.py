@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from art_pixeldefend.attacks.budget import from_levels, to_levels
 from art_pixeldefend.files import write_atomically
+from art_pixeldefend.levels import UNIT, from_levels, to_levels
 
 Settings = Mapping[str, Any]
-UNIT = (0.0, 1.0)
 
 
 def digest(settings: Settings) -> str:

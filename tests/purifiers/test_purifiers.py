@@ -15,10 +15,8 @@ from art.estimators.classification import BlackBoxClassifier, PyTorchClassifier
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 from art_pixeldefend import AdaptivePixelDefend, PixelDefend, PurifiedModel, greedy_decode
-from art_pixeldefend import levels as images
 from art_pixeldefend.purifiers.adaptive_pixel_defend import largest_harmless_threshold
 
 SHAPE = (1, 6, 6)
@@ -52,13 +50,6 @@ def classifier(defences=None, model=None, clip_values=(0.0, 1.0), shape=SHAPE, *
         model, nn.CrossEntropyLoss(), shape, 4, optimizer=optimizer, clip_values=clip_values,
         preprocessing_defences=defences, device_type="cpu", **options,
     )  # fmt: skip
-
-
-def largest_allocation(work):
-    """Bytes of the largest tensor that the work makes."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        work()
-    return max((event.self_cpu_memory_usage for event in recorded.events()), default=0)
 
 
 @pytest.fixture(scope="module")
@@ -121,40 +112,6 @@ def test_values_are_rounded_to_the_nearest_level_not_truncated(pixel_cnn, levels
     x = np.clip(levels.astype(np.float64) + offset, 0, 255)
     result, _ = PixelDefend((0, 255), 16, pixel_cnn)(x)
     np.testing.assert_array_equal(result, purified)
-
-
-@pytest.mark.parametrize("clip_values", RANGES)
-@pytest.mark.parametrize("nhwc", [False, True])
-def test_levels_and_values_are_those_of_the_formula_however_large_the_pieces(clip_values, nhwc, monkeypatch):
-    """70 images in pieces of one image and of thirty; for doubles the formula holds to the last bit."""
-    shape, (low, high) = (3, 5, 4), clip_values
-    levels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (70, *shape), dtype=np.uint8))
-    exact = levels.double() / 255 * (high - low) + low
-    x = exact.movedim(1, -1) if nhwc else exact
-    outside = x.clone()
-    outside[65] = high + 1
-    for piece in (1, 30 * 60, images.PIECE):
-        monkeypatch.setattr(images, "PIECE", piece)
-        found = images.Images(shape, clip_values)
-        assert torch.equal(found.to_levels(x), levels)
-        assert torch.equal(found.from_levels(levels, like=x), x)
-        with pytest.raises(ValueError, match=r"x must be within clip_values"):
-            found.to_levels(outside)
-
-
-def test_bytes_are_levels_in_their_own_range_only():
-    x = torch.arange(50, dtype=torch.uint8).reshape(2, 1, 5, 5)
-    for high, factor in ((255, 1), (51, 5)):
-        assert torch.equal(images.Images((1, 5, 5), (0, high)).to_levels(x), factor * x)
-
-
-def test_converting_needs_memory_for_the_result_and_a_piece(monkeypatch):
-    monkeypatch.setattr(images, "PIECE", 1000)
-    x = torch.zeros((50, 1, 40, 40))
-    allocated = largest_allocation(lambda: images.Images((1, 40, 40), (0, 1)).to_levels(x))
-    assert allocated <= x.numel()  # a byte a value: one double more for each would be eight
-    bytes_ = x.byte()
-    assert largest_allocation(lambda: images.Images((1, 40, 40), (0, 255)).to_levels(bytes_)) == 0
 
 
 def test_labels_are_handed_through(pixel_cnn, levels):
