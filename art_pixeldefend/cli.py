@@ -37,8 +37,8 @@ class Commands(TyperGroup):
             if not hasattr(error, "format_message"):  # of the errors of parsing, whose classes typer does not export
                 raise
             context = getattr(error, "ctx", None)
-            hint = f" Try {context.command_path} -h" if context else ""
-            code = _report(error.format_message() + hint)
+            hint = f" (see {context.command_path} -h)" if context else ""
+            code = _report(error.format_message().rstrip(".") + hint)
         sys.exit(code)
 
     def invoke(self, ctx: Any) -> Any:
@@ -320,6 +320,8 @@ def detect(
         check_file(likelihoods)
     if calibration and training:
         raise ValueError("--calibration and --training must not both be given")
+    if not (calibration or training or (likelihoods and likelihoods.exists())):
+        raise ValueError("--calibration must name images that the model was not trained on")
     pixel_cnn = _density_model(model, device)
     found = _read(images, pixel_cnn, data_dir)
     detector = PixelDefendDetector(pixel_cnn, (0, 255), alpha=alpha, batch_size=batch_size, verbose=verbose)
@@ -331,11 +333,11 @@ def detect(
             if source:
                 typer.echo(f"--{reference} {source} is not read: {likelihoods} holds the likelihoods", err=True)
     elif calibration:
-        detector.fit(_calibration_images(calibration, pixel_cnn, data_dir))
+        with _argument("x", "--calibration"):
+            detector.fit(_calibration_images(calibration, pixel_cnn, data_dir))
     elif training:
-        detector.fit(datasets.load(training, data_dir).train_and_calibration().x, reference="training")
-    else:
-        raise ValueError("--calibration must name images that the model was not trained on")
+        with _argument("x", "--training"):
+            detector.fit(datasets.load(training, data_dir).train_and_calibration().x, reference="training")
     if likelihoods and not likelihoods.exists():
         detector.save(likelihoods)
     if images in datasets.NAMED and detector.reference == "calibration":  # the other test images may calibrate
@@ -422,8 +424,11 @@ def grid(
     starts: Annotated[
         int, typer.Option(help="random restarts of L-BFGS-B per image in Figure 5 (paper: 100; 0 skips the figure)")
     ] = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="list the cells to compute and estimate the time")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list what would be computed")] = False,
     data_dir: DataDir = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace the table of another grid; finished cells are kept")
+    ] = False,
     verbose: Verbose = True,
 ) -> None:
     """Regenerate the paper's table of a data set: classifiers, attacks and defences.
@@ -442,7 +447,7 @@ def grid(
     typer.echo(
         reproduce(
             name, out, data_dir=data_dir, pixel_cnn=model, rows=rows, attacks=attacks, limit=limit,
-            dry_run=dry_run, starts=starts, verbose=verbose,
+            dry_run=dry_run, starts=starts, overwrite=overwrite, verbose=verbose,
         )
     )  # fmt: skip
 
@@ -500,6 +505,15 @@ def _calibration_images(source: str, pixel_cnn: PixelCNNpp, data_dir: Path | Non
     if Path(source).is_dir() and (data := datasets.load(source)).held_out_from(pixel_cnn):
         return data.x_calibration
     return read_images(source, pixel_cnn.image_shape[:1]).levels
+
+
+@contextmanager
+def _argument(name: str, option: str) -> Iterator[None]:
+    """Name the option in errors about the Python argument ``name``, where the two are not called the same."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(re.sub(rf"^{name}\b", option, str(error))) from error
 
 
 @contextmanager

@@ -118,7 +118,8 @@ def read_images(
     if path.is_dir():
         return _read_folder(path, channels, exclude)
     if path.suffix not in (".npy", ".npz") or not path.is_file():
-        raise ValueError(f"expected a folder of images, or a .npy or .npz file, got {str(path)!r}")
+        found = "is not" if path.exists() else "does not exist; expected"
+        raise ValueError(f"{str(path)!r} {found} a folder of images, or a .npy or .npz file")
     arrays = read_arrays(path)
     if "x" not in arrays and len(arrays) != 1:
         raise ValueError(f"{str(path)!r} must hold an array x, or a single array, got {sorted(arrays) or 'none'}")

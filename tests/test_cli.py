@@ -397,7 +397,8 @@ def test_detect_takes_the_held_out_images_of_the_folder_that_the_model_was_train
 
 def test_detect_refuses_images_too_few_to_flag_any_and_likelihoods_of_other_images(images, tmp_path):
     arguments = ["detect", images, "--model", "digits", "--out", tmp_path / "p.csv", "--quiet"]
-    assert "at least 19 images" in fails(*arguments, "--calibration", images)
+    error = fails(*arguments, "--calibration", images)
+    assert "--calibration" in error and "at least 19 images" in error
     assert not (tmp_path / "p.csv").exists()
     arguments += ["--likelihoods", tmp_path / "l.st", "--overwrite"]
     succeeds(*arguments, "--training", "digits")
@@ -428,7 +429,10 @@ def test_sample_writes_a_sheet_or_an_array(name, tmp_path):
         (["train", "digits", "--out", "run", "--learning-rate", "-1"], "--learning-rate must be"),
         (["train", "fashion-mnist", "--out", "run", "--data-dir", "/dev/null/x"], "--data-dir"),
         (["detect", "digits", "--model", "digits", "--out", "x.csv"], "--calibration"),
-        (["detect", "digits", "--model", "digits", "--out", "x.csv", "--alpha", "2"], "--alpha must be"),
+        (
+            ["detect", "digits", "--model", "digits", "--out", "x.csv", "--training", "digits", "--alpha", "2"],
+            "--alpha must be",
+        ),
         (["grid", "imagenet", "--out", "table"], "digits"),
         (["grid", "digits", "--out", "table", "--model", "imagenet"], "--model must be"),
         (["grid", "digits", "--out", "table", "--starts", "-1"], "--starts must be"),

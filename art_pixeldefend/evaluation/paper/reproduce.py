@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from os import PathLike
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from art_pixeldefend.evaluation.paper.ascent import figure_5
 from art_pixeldefend.evaluation.paper.grids import DENSITY_MODEL, GRIDS
 from art_pixeldefend.evaluation.stages import Stages
 from art_pixeldefend.evaluation.store import Store
+from art_pixeldefend.files import check_folder, write_atomically
 from art_pixeldefend.processes import process_group
 from art_pixeldefend.validation import check_count
 
@@ -30,6 +32,7 @@ def reproduce(
     dry_run: bool = False,
     figures: bool = True,
     starts: int = 0,
+    overwrite: bool = False,
     verbose: bool = True,
 ) -> str:
     """Regenerate a table, or resume it, and write ``table.md``, ``table.csv``, figures and all results into ``out``.
@@ -48,14 +51,15 @@ def reproduce(
         figures: draw them into ``out/figures``, as described in :func:`drawing.draw`.
         starts: random starts of L-BFGS-B per image of Figure 5 (the paper: 100), each about 120 gradients of the
             density model. 0 skips the figure.
+        overwrite: replace the table and figures of another grid in ``out``; its finished cells are kept.
         verbose: show progress.
 
     Returns:
         The table as Markdown; for a dry run the cells and their states.
 
     Raises:
-        ValueError: for an unknown name, a part without rows, or ``starts`` for a grid without a row for Figure 5. A
-            cell that fails raises nothing: its error is recorded.
+        ValueError: for an unknown name, a part without rows, ``starts`` for a grid without a row for Figure 5, or a
+            folder with another grid's table. A cell that fails raises nothing: its error is recorded.
     """
     if isinstance(grid, str):
         if grid not in GRIDS:
@@ -69,10 +73,31 @@ def reproduce(
     stages = Stages(grid, datasets.load(grid.dataset, data_dir), Store(out))
     if dry_run:
         return runner.plan(stages)
+    if figures:
+        drawing.check_reference(stages)
+    _claim(Path(out), grid, overwrite)
     outcome, _ = table_and_figures(stages, figures=figures, verbose=verbose)
     if starts:
         figure_5(stages, Path(out) / "figures" / "figure5", images=min(10, grid.images, grid.chunk), starts=starts)
     return outcome.table
+
+
+def _claim(folder: Path, grid: Grid, overwrite: bool) -> None:
+    """Record the grid in the folder of its results; refuse a folder with the table or figures of another one."""
+    record = folder / "grid.json"
+    settings = json.dumps(asdict(replace(grid, paper=None)), indent=1) + "\n"
+    same = record.is_file() and record.read_text() == settings
+    found = [name for name in ("table.md", "table.csv", "figures") if (folder / name).exists()]
+    if found and not same and not overwrite:
+        raise ValueError(
+            f"{str(folder)!r} already holds {' and '.join(found)} of another grid (other rows, attacks, images or "
+            "model); overwrite=True replaces them and keeps finished cells"
+        )
+    check_folder(folder, overwrite=True)
+    group = process_group()
+    group.wait()
+    if group.rank == 0:
+        write_atomically(record, settings)
 
 
 def table_and_figures(

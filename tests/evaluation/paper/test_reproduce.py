@@ -8,6 +8,7 @@ from art_pixeldefend.evaluation.grid import Row
 from art_pixeldefend.evaluation.paper import ascent, drawing
 from art_pixeldefend.evaluation.paper.grids import GRIDS
 from art_pixeldefend.evaluation.paper.reproduce import reproduce
+from art_pixeldefend.evaluation.runner import Outcome
 from art_pixeldefend.evaluation.stages import Stages
 from art_pixeldefend.evaluation.store import Store
 
@@ -33,6 +34,27 @@ def test_a_grid_draws_figure_5_if_it_is_told_how_many_starts(tmp_path, monkeypat
     numbers = json.loads((tmp_path / "figures" / "figure5.json").read_text())
     assert (numbers["images"], numbers["starts"], numbers["eps_attack"]) == (4, 2, 8)
     assert (tmp_path / "figures" / "figure5.png").is_file()
+
+
+def test_the_table_of_another_grid_is_replaced_only_if_told_to(tmp_path, monkeypatch, tiny):
+    def write(stages, **_):
+        (stages.store.folder / "table.md").write_text("")
+        return Outcome("table", {}), []
+
+    monkeypatch.setattr("art_pixeldefend.evaluation.paper.reproduce.table_and_figures", write)
+    (tmp_path / "table").mkdir()
+    for _ in range(2):  # the second time, it resumes
+        reproduce(tiny, tmp_path / "table")
+    with pytest.raises(ValueError, match=r"table.*another grid.*overwrite=True"):
+        reproduce(tiny, tmp_path / "table", limit=1)
+    reproduce(tiny, tmp_path / "table", limit=1, dry_run=True)
+    reproduce(tiny, tmp_path / "table", limit=1, overwrite=True)
+    reproduce(tiny, tmp_path / "table", limit=1)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "table.md").write_text("mine")
+    with pytest.raises(ValueError, match=r"mine.*overwrite=True"):
+        reproduce(tiny, tmp_path / "mine")
+    reproduce(tiny, tmp_path / "mine", overwrite=True)
 
 
 def test_every_row_of_the_digits_grid_runs_from_an_empty_folder(tmp_path):
