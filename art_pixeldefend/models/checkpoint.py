@@ -32,7 +32,10 @@ def write(path: str | PathLike[str], tensors: Mapping[str, Tensor], header: Mapp
     text = json.dumps({"format": FORMAT, **header})
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode
         save_file(contiguous, partial, metadata={KEY: text})
+        partial.chmod(mode)  # safetensors makes files that only their owner can read
 
 
 def read(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from art_pixeldefend import __version__
 from art_pixeldefend.datasets import FINGERPRINT, fingerprint
 from art_pixeldefend.devices import bf16_pays
-from art_pixeldefend.files import write_atomically
+from art_pixeldefend.files import check_file, write_atomically
 from art_pixeldefend.models import checkpoint, zoo
 from art_pixeldefend.models.base import ImageModel
 from art_pixeldefend.models.checkpoint import CHECKPOINT, METRICS, MODEL
@@ -208,10 +208,8 @@ def train(
             folder=folder,
             run=run,
         )
-        folder.mkdir(parents=True, exist_ok=True)
-        if overwrite and group.rank == 0:
-            for name in (CHECKPOINT, MODEL):
-                (folder / name).unlink(missing_ok=True)
+        if group.rank == 0:
+            _clear(folder, overwrite)
         trainer.train(verbose)
         state.take_average()
         model.eval()
@@ -234,7 +232,8 @@ def check_run_folder(folder: str | PathLike[str], *, resume: bool = False, overw
     """Check that a run may be stored in ``folder``.
 
     Raises:
-        ValueError: if there is a run in it that is neither to be resumed nor to be replaced, or that cannot be resumed.
+        ValueError: if there is a run in it that is neither to be resumed nor to be replaced, or that cannot be resumed;
+            if nothing can be written there.
     """
     if resume and overwrite:
         raise ValueError("resume and overwrite exclude each other")
@@ -247,6 +246,7 @@ def check_run_folder(folder: str | PathLike[str], *, resume: bool = False, overw
             f"{str(folder)!r} already holds a run ({', '.join(found)}): resume=True continues it, "
             "overwrite=True replaces it"
         )
+    check_file(folder / METRICS, overwrite=True)
 
 
 def as_start(value: Any, cls: type[Model], *, name: str = "start") -> Model:
@@ -580,6 +580,16 @@ def _header(folder: Path, resume: bool, overwrite: bool) -> dict[str, Any] | Non
     check_run_folder(folder, resume=resume, overwrite=overwrite)
     path = folder / CHECKPOINT
     return checkpoint.read_header(path) if resume and path.exists() else None
+
+
+def _clear(folder: Path, overwrite: bool) -> None:
+    """Make the folder; remove temporary files of killed runs, and the files of a run that is to be replaced."""
+    folder.mkdir(parents=True, exist_ok=True)
+    old = [folder / name for name in (CHECKPOINT, MODEL) if overwrite]
+    for pattern in (".*.partial", ".tmp??????"):  # of `replacing` and of safetensors
+        old += folder.glob(pattern)
+    for path in old:
+        path.unlink(missing_ok=True)
 
 
 def _copy_weights(start: ImageModel, model: ImageModel) -> None:

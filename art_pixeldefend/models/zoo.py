@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from art_pixeldefend.models import checkpoint
+from art_pixeldefend.models.checkpoint import METRICS, MODEL, RUN
 
 if TYPE_CHECKING:
     from art_pixeldefend.models.base import ImageModel
@@ -63,22 +64,46 @@ def path(name: str, kind: str | None = None) -> Path:
 def load(name_or_path: str | PathLike[str], device: torch.device | str | None = None) -> ImageModel:
     """Load a model of any kind, in evaluation mode.
 
+        >>> from art_pixeldefend.models import zoo
+        >>> "digits" in zoo.names(kind="pixelcnnpp")
+        True
+        >>> model = zoo.load("digits", device="cpu")
+        >>> type(model).__name__, model.image_shape, model.provenance["training_images"]
+        ('PixelCNNpp', (1, 8, 8), 1397)
+
     Args:
         name_or_path: the name of a bundled model, or a file that :meth:`ImageModel.save` wrote.
         device: where the model goes; by default the current GPU, or the CPU on machines without one.
 
     Raises:
-        ValueError: if the file is not a model.
+        ValueError: if there is something else at the path; the message says what it is.
         FileNotFoundError: if there is neither a bundled model of that name nor a file at that path.
     """
     bundled = isinstance(name_or_path, str) and name_or_path in names()
     file = path(str(name_or_path)) if bundled else Path(name_or_path)
-    if not file.is_file():
-        raise FileNotFoundError(f"{str(file)!r} is neither a file nor a bundled model ({', '.join(names())})")
+    if not file.exists():
+        raise FileNotFoundError(f"{str(file)!r} is neither a file nor one of {', '.join(names())}")
+    if reason := _unlike_a_model(file):
+        raise ValueError(f"{str(file)!r} is {reason}")
     kind = kind_of(checkpoint.read_header(file))
-    if kind not in KINDS:
-        raise ValueError(f"{str(file)!r} does not hold a model; its kind is {kind!r}")
-    return class_of(kind).load(file).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return class_of(str(kind)).load(file).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _unlike_a_model(file: Path) -> str | None:
+    """What is at a path, if it can be recognised as something else than a model."""
+    run = file if file.is_dir() else file.parent
+    model = f"its model is {str(run / MODEL)!r}" if (run / MODEL).is_file() else "it has not finished"
+    if file.is_dir():
+        return f"the folder of a training run; {model}" if (file / METRICS).is_file() else "a folder"
+    with file.open("rb") as opened:
+        is_zip = opened.read(4) == b"PK\x03\x04"
+    if file.suffix in (".pth", ".pt", ".ckpt", ".pkl", ".pickle", ".bin") or (is_zip and file.suffix != ".npz"):
+        return "a PyTorch or pickle file, which could run code if it was loaded; PixelCNNpp.save writes model files"
+    header = checkpoint.read_header(file)
+    if header.get("kind") == RUN or {"step", "settings"} <= set(header):
+        return f"the checkpoint of a training run, which train --resume continues; {model}"
+    kind = kind_of(header) or ("classifier" if "network" in header else None)
+    return None if kind in KINDS else f"of kind {kind!r}, not a model of images"
 
 
 def as_model(value: Any, cls: type[Model], device: torch.device | str | None = None, *, name: str = "model") -> Model:
@@ -102,7 +127,7 @@ def as_model(value: Any, cls: type[Model], device: torch.device | str | None = N
     try:
         model = load(value, device)
     except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f"{expected}, got {str(value)!r}: {error}") from error
+        raise type(error)(f"{expected}: {error}") from error
     if not isinstance(model, cls):
         raise ValueError(f"{expected}, got {str(value)!r}, a {type(model).__name__}")
     return model

@@ -317,6 +317,18 @@ def test_a_run_is_replaced_if_that_is_asked_for(images, copy):
     assert checkpoint.read_header(copy / "checkpoint.safetensors")["settings"]["seed"] == 1
 
 
+def test_temporary_files_of_killed_runs_are_removed_and_others_are_not(images, tmp_path):
+    for name in (".checkpoint.safetensors.0123.partial", ".tmpA1b2C3", "notes.txt", ".hidden"):
+        (tmp_path / name).write_text("")
+    train(*images, tmp_path, replace(SMALL, steps=1))
+    names = {file.name for file in tmp_path.iterdir()} - {
+        "model.safetensors",
+        "metrics.jsonl",
+        "checkpoint.safetensors",
+    }
+    assert names == {"notes.txt", ".hidden"}
+
+
 def test_a_finished_model_is_not_replaced_by_a_run_that_begins_anew(images, copy):
     (copy / "checkpoint.safetensors").unlink()
     with pytest.raises(ValueError, match=r"finished model, but no checkpoint"):

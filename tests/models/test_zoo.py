@@ -1,4 +1,7 @@
 import json
+import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,3 +121,60 @@ def test_weights_stored_in_half_precision_change_bits_per_dim_by_less_than_the_f
     assert (tmp_path / "half.safetensors").stat().st_size < 0.6 * zoo.path("digits").stat().st_size
     assert half.dtype == torch.float32
     assert abs(half.bits_per_dim(x).mean() - model.bits_per_dim(x).mean()) < 0.0005
+
+
+def what_it_is(path):
+    with pytest.raises(ValueError, match=r"^--model must be a PixelCNNpp") as error:
+        zoo.as_model(path, PixelCNNpp, name="--model")
+    return str(error.value).partition(f"{str(path)!r} is ")[2]
+
+
+def test_a_file_or_folder_that_is_not_a_model_is_refused_by_what_it_is(make_levels, tmp_path):
+    """A run's folder and checkpoint, finished or not, a pickle, images, a classifier."""
+    from art_pixeldefend.models.training import Settings, train
+
+    run = tmp_path / "run"
+    model = PixelCNNpp((1, 4, 4), filters=2, resnets=1, mixtures=1)
+    train(model, PixelCNNpp.loss, make_levels(4, (1, 4, 4)), Settings(steps=1), run, verbose=False)
+    there = f"its model is {str(run / 'model.safetensors')!r}"
+    assert what_it_is(run) == f"the folder of a training run; {there}"
+    checkpoint_is = what_it_is(run / "checkpoint.safetensors")
+    assert checkpoint_is == f"the checkpoint of a training run, which train --resume continues; {there}"
+    (run / "model.safetensors").unlink()
+    assert what_it_is(run) == "the folder of a training run; it has not finished"
+    assert what_it_is(run / "checkpoint.safetensors").endswith("it has not finished")
+    assert what_it_is(tmp_path) == "a folder"
+    for name in ("weights.pth", "weights"):
+        torch.save({"weights": torch.zeros(3)}, tmp_path / name)
+        assert what_it_is(tmp_path / name).startswith("a PyTorch or pickle file")
+    checkpoint.write(tmp_path / "c.safetensors", {"a": torch.zeros(1)}, {"network": "vgg", "configuration": {}})
+    assert what_it_is(tmp_path / "c.safetensors") == "of kind 'classifier', not a model of images"
+
+
+def test_a_checkpoint_of_version_0_1_is_refused_by_what_it_is(tmp_path):
+    header = {"art_pixeldefend": json.dumps({"step": 3, "settings": {"filters": 4}, "start": None})}
+    save_file({"parameter.0": torch.zeros(1)}, tmp_path / "c.safetensors", metadata=header)
+    assert what_it_is(tmp_path / "c.safetensors").startswith("the checkpoint of a training run")
+
+
+def test_a_file_is_written_without_a_copy_of_it_in_memory(tmp_path):
+    """The peak of resident memory grows by less than the file."""
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not os.access(clear, os.W_OK):
+        pytest.skip("the peak of memory can be reset on Linux only")
+
+    def resident(field):
+        return int(re.search(rf"{field}:\s+(\d+) kB", status.read_text())[1]) * 1024
+
+    tensors, size = {f"{i}": torch.ones(8_000_000) for i in range(4)}, 128_000_000
+    clear.write_text("5")
+    before = resident("VmRSS")
+    checkpoint.write(tmp_path / "large.safetensors", tensors, {})
+    assert resident("VmHWM") - before < size / 2
+    assert (tmp_path / "large.safetensors").stat().st_size > size
+
+
+def test_files_are_as_readable_as_others(make_model, tmp_path):
+    make_model((1, 4, 4)).save(tmp_path / "model.safetensors")
+    (tmp_path / "other").touch()
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
