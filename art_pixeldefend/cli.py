@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -16,9 +14,6 @@ import typer
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:  # the commands import what they need when they run, so that --help is fast
-    import numpy as np
-
-    from art_pixeldefend.image_files import ImageSet
     from art_pixeldefend.models.base import ImageModel
     from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
 
@@ -224,20 +219,19 @@ def purify(
 
     Several processes share the images: torchrun --nproc-per-node 2 -m art_pixeldefend purify ...
     """
-    from art_pixeldefend import AdaptivePixelDefend, PixelDefend
+    from art_pixeldefend import AdaptivePixelDefend, PixelDefend, datasets
     from art_pixeldefend.image_files import check_target, write_images
     from art_pixeldefend.processes import process_group
 
     group, pixel_cnn = process_group(), _density_model(model, device)
-    found = _read(str(images), pixel_cnn, exclude=out)
+    found = datasets.read(images, pixel_cnn, exclude=out)
     check_target(out, found, overwrite=overwrite)
     options: dict = {"batch_size": batch_size, "verbose": verbose and group.rank == 0}
     if threshold:
         defence = AdaptivePixelDefend((0, 255), eps, pixel_cnn, threshold=threshold, **options)
     else:  # without computing likelihoods
         defence = PixelDefend((0, 255), eps, pixel_cnn, **options)
-    with _throughput(len(found.levels), verbose):
-        purified = group.map(lambda x: defence(x)[0], found.levels)
+    purified = group.map(lambda x: defence(x)[0], found.levels, verbose=verbose)
     if group.rank == 0:
         write_images(out, purified, like=found, overwrite=overwrite)
         typer.echo(f"{len(purified)} images purified into {out}")
@@ -263,20 +257,19 @@ def score(
 
     Several processes share the images: torchrun --nproc-per-node 2 -m art_pixeldefend score ...
     """
-    from art_pixeldefend import PixelDefendDetector
+    from art_pixeldefend import PixelDefendDetector, datasets
     from art_pixeldefend.files import check_file, write_csv
     from art_pixeldefend.processes import process_group
 
     if out:
         check_file(out, overwrite=overwrite)
     group, pixel_cnn = process_group(), _density_model(model, device)
-    found = _read(images, pixel_cnn, data_dir)
+    found = datasets.read(images, pixel_cnn, data_dir)
     if not len(found.levels):
         raise ValueError(f"IMAGES must hold at least one image, {images!r} holds none")
     shown = verbose and group.rank == 0
     detector = PixelDefendDetector(pixel_cnn, (0, 255), batch_size=batch_size, verbose=shown)
-    with _throughput(len(found.levels), verbose):
-        bits = group.map(detector.bits_per_dim, found.levels)
+    bits = group.map(detector.bits_per_dim, found.levels, verbose=verbose)
     if group.rank == 0:
         if out:
             write_csv(out, {"image": found.names, "bits_per_dim": bits})
@@ -323,7 +316,7 @@ def detect(
     if not (calibration or training or (likelihoods and likelihoods.exists())):
         raise ValueError("--calibration must name images that the model was not trained on")
     pixel_cnn = _density_model(model, device)
-    found = _read(images, pixel_cnn, data_dir)
+    found = datasets.read(images, pixel_cnn, data_dir, reserved=False)
     detector = PixelDefendDetector(pixel_cnn, (0, 255), alpha=alpha, batch_size=batch_size, verbose=verbose)
     if likelihoods and likelihoods.exists():
         detector.load(likelihoods)
@@ -334,17 +327,14 @@ def detect(
                 typer.echo(f"--{reference} {source} is not read: {likelihoods} holds the likelihoods", err=True)
     elif calibration:
         with _argument("x", "--calibration"):
-            detector.fit(_calibration_images(calibration, pixel_cnn, data_dir))
+            detector.fit(datasets.read_calibration(calibration, pixel_cnn, data_dir).levels)
     elif training:
         with _argument("x", "--training"):
             detector.fit(datasets.load(training, data_dir).train_and_calibration().x, reference="training")
     if likelihoods and not likelihoods.exists():
         detector.save(likelihoods)
-    if images in datasets.NAMED and detector.reference == "calibration":  # the other test images may calibrate
-        found = replace(found, levels=datasets.load(images, data_dir).test(pixel_cnn).x)
     report, adversarial = detector.detect(found.levels)
-    names = found.names[: len(found.levels)]
-    columns = {"image": names, "p_value": report["p_values"], "bits_per_dim": report["bits_per_dim"]}
+    columns = {"image": found.names, "p_value": report["p_values"], "bits_per_dim": report["bits_per_dim"]}
     write_csv(out, columns | {"adversarial": adversarial.astype(int)})
     assert detector.log_likelihoods is not None
     _summarise(
@@ -479,34 +469,6 @@ def _density_model(model: str, device: str | None = None) -> PixelCNNpp:
     return as_model(model, PixelCNNpp, check_device("device", device or process_group().device), name="--model")
 
 
-def _read(source: str, model: PixelCNNpp, data_dir: Path | None = None, exclude: Path | None = None) -> ImageSet:
-    """The test images of a data set, or the images at a path, checked to be of the model's shape."""
-    from art_pixeldefend import datasets
-    from art_pixeldefend.image_files import ImageSet, read_images
-
-    if source in datasets.NAMED:
-        levels = datasets.load(source, data_dir).x_test
-        found = ImageSet(levels, [str(i) for i in range(len(levels))], "NCHW")
-    else:
-        found = read_images(source, model.image_shape[:1], exclude=exclude)
-    if found.levels.shape[1:] != model.image_shape:
-        shape, expected = (" x ".join(map(str, shape)) for shape in (found.levels.shape[1:], model.image_shape))
-        raise ValueError(f"IMAGES must be {expected} (C x H x W) for this --model, those in {source!r} are {shape}")
-    return found
-
-
-def _calibration_images(source: str, pixel_cnn: PixelCNNpp, data_dir: Path | None) -> np.ndarray:
-    """Those of a data set, or of the images that the model was trained on; else all images of the folder or file."""
-    from art_pixeldefend import datasets
-    from art_pixeldefend.image_files import read_arrays, read_images
-
-    if source in datasets.NAMED or (source.endswith(".npz") and "x_train" in read_arrays(source)):
-        return datasets.load(source, data_dir).calibration(pixel_cnn).x
-    if Path(source).is_dir() and (data := datasets.load(source)).held_out_from(pixel_cnn):
-        return data.x_calibration
-    return read_images(source, pixel_cnn.image_shape[:1]).levels
-
-
 @contextmanager
 def _argument(name: str, option: str) -> Iterator[None]:
     """Name the option in errors about the Python argument ``name``, where the two are not called the same."""
@@ -514,18 +476,6 @@ def _argument(name: str, option: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(re.sub(rf"^{name}\b", option, str(error))) from error
-
-
-@contextmanager
-def _throughput(count: int, verbose: bool) -> Iterator[None]:
-    """Print, after the progress bar, the number of images per second of all processes together."""
-    from art_pixeldefend.processes import process_group
-
-    group, began = process_group(), time.perf_counter()
-    yield
-    if verbose and group.rank == 0:
-        rate, processes = count / (time.perf_counter() - began), group.world_size
-        typer.echo(f"{rate:.1f} images/s, {processes} process{'es' * (processes > 1)}", err=True)
 
 
 def _summarise(text: str, out: Path | None) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import pooch
 
 from art_pixeldefend.files import write_atomically
-from art_pixeldefend.image_files import as_nchw, read_arrays, read_images
+from art_pixeldefend.image_files import ImageSet, as_nchw, read_arrays, read_images
 from art_pixeldefend.validation import check_labels
 
 DATA_DIR_VARIABLE = "ART_PIXELDEFEND_DATA"
@@ -174,6 +174,63 @@ def load(name: str | PathLike[str], data_dir: str | PathLike[str] | None = None,
     if path.suffix == ".npz" and path.is_file():
         return _npz(path)
     raise ValueError(f"name must be one of {', '.join(NAMED)}, a folder of images or an .npz file, got {str(name)!r}")
+
+
+def read(
+    source: str | PathLike[str],
+    model: Any,
+    data_dir: str | PathLike[str] | None = None,
+    *,
+    reserved: bool = True,
+    exclude: str | PathLike[str] | None = None,
+) -> ImageSet:
+    """Read images for a model: the test images of a data set, or all images of a folder or an array file.
+
+    Args:
+        source: ``digits``, ``fashion-mnist``, ``cifar-10``, or a path as for :func:`read_images`.
+        model: an image model; images are grey or RGB as it is, and must be of its size.
+        data_dir: as for :func:`load`.
+        reserved: include the test images of a data set that :meth:`Dataset.calibration` gives for this model.
+        exclude: as for :func:`read_images`.
+
+    Raises:
+        ValueError, FileNotFoundError: as :func:`load` and :func:`read_images`; for images of another shape.
+    """
+    if source in NAMED:
+        data = load(source, data_dir)
+        found = _numbered(data.x_test if reserved else data.test(model).x)
+    else:
+        found = read_images(source, model.image_shape[:1], exclude=exclude)
+    if found.levels.shape[1:] != model.image_shape:
+        shape, expected = (" x ".join(map(str, shape)) for shape in (found.levels.shape[1:], model.image_shape))
+        raise ValueError(f"the images of {str(source)!r} must be {expected} (C x H x W) for this model, got {shape}")
+    return found
+
+
+def read_calibration(source: str | PathLike[str], model: Any, data_dir: str | PathLike[str] | None = None) -> ImageSet:
+    """Read images that calibrate a detector of ``model``, which must not have been trained on them.
+
+    Of a data set, and of the folder that the model was trained on, these are :meth:`Dataset.calibration`; of any other
+    folder or array file all images.
+
+    Args:
+        source: what :func:`load` or :func:`read_images` accepts.
+        model: an image model.
+        data_dir: as for :func:`load`.
+
+    Raises:
+        ValueError, FileNotFoundError: as :func:`load` and :func:`read`.
+    """
+    path = Path(source)
+    if source in NAMED or (path.suffix == ".npz" and path.is_file() and "x_train" in read_arrays(path)):
+        return _numbered(load(source, data_dir).calibration(model).x)
+    if path.is_dir() and (data := load(path)).held_out_from(model):
+        return _numbered(data.x_calibration)
+    return read(source, model)
+
+
+def _numbered(levels: np.ndarray) -> ImageSet:
+    return ImageSet(levels, [str(i) for i in range(len(levels))], "NCHW")
 
 
 def _dataset(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -67,20 +68,25 @@ class ProcessGroup:
         dist.all_gather_object(values, value)
         return values
 
-    def map(self, function: Callable[[np.ndarray], np.ndarray], x: np.ndarray) -> np.ndarray:
-        """``function`` of ``x`` (N, ...), row by row, of which each process computes its shard. Every process gets all.
+    def map(self, function: Callable[[np.ndarray], np.ndarray], x: np.ndarray, *, verbose: bool = False) -> np.ndarray:
+        """Apply ``function`` to images, of which each process computes its shard. Every process gets all results.
 
         Args:
-            function: maps an array (M, ...), M possibly 0, to an array of M rows.
-            x: the same array in every process.
+            function: maps images (M, ...), M possibly 0, to an array of M results.
+            x: images (N, ...), the same in every process.
+            verbose: print how many images per second all processes did together.
 
         Raises:
             RuntimeError: if a process ended without calling it.
         """
+        began = time.perf_counter()
         parts = self.gather(function(x[self.rank :: self.world_size]))
         result = np.empty((len(x), *parts[0].shape[1:]), parts[0].dtype)
         for rank, part in enumerate(parts):
             result[rank :: self.world_size] = part
+        if verbose and self.rank == 0:
+            rate, processes = len(x) / (time.perf_counter() - began), f"process{'es' * (self.world_size > 1)}"
+            print(f"{rate:.1f} images/s, {self.world_size} {processes}", file=sys.stderr)
         return result
 
     def wait(self) -> None:
