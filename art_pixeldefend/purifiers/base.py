@@ -95,20 +95,27 @@ class StraightThrough(torch.autograd.Function):
         return gradients[0], None
 
 
-class Recomputed(torch.autograd.Function):
-    """Forward: ``function`` of ``x`` batch by batch. Backward: its exact gradient, recomputed batch by batch.
+class Exact(torch.autograd.Function):
+    """Forward: ``function`` of ``x`` batch by batch. Backward: its exact gradient.
 
-    Between the two passes only ``x`` is kept, and in the backward pass the activations of one batch: memory does not
-    grow with the number of draws that are averaged. ``function`` must return the same values each time. Model
-    parameters inside it get no gradients.
+    If one batch holds all images, its activations are kept for the backward pass, as by autograd. Otherwise only ``x``
+    is kept and the batches are computed again one by one: memory does not grow with the number of images, or of draws
+    that are averaged. ``function`` must return the same values each time. Model parameters get no gradients.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: Part, batches: Batches) -> Tensor:
         """``function`` of all batches of ``x``, concatenated."""
         ctx.save_for_backward(x)
-        ctx.function, ctx.batches = function, batches
-        return batches(lambda part: function(x[part], part.start))
+        ctx.function, ctx.batches, ctx.kept = function, batches, None
+
+        def values(part: slice) -> Tensor:
+            if len(x[part]) < len(x):
+                return function(x[part], part.start)
+            ctx.kept = inputs_and_outputs(function, x, 0)
+            return ctx.kept[1].detach()
+
+        return batches(values)
 
     @staticmethod
     @once_differentiable
@@ -117,12 +124,20 @@ class Recomputed(torch.autograd.Function):
         (x,) = ctx.saved_tensors
 
         def gradient(part: slice) -> Tensor:
-            inputs = x[part].detach().requires_grad_()
-            with torch.enable_grad():
-                outputs = ctx.function(inputs, part.start)
+            kept, ctx.kept = ctx.kept, None  # its memory is freed by the first backward pass
+            if kept is None or len(x[part]) < len(x):
+                kept = inputs_and_outputs(ctx.function, x[part], part.start)
+            inputs, outputs = kept
             return torch.autograd.grad(outputs, inputs, gradients[0][part])[0]
 
         return ctx.batches(gradient), None, None
+
+
+def inputs_and_outputs(function: Part, x: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """``x`` as a new leaf of autograd's graph, and ``function`` of it."""
+    with torch.enable_grad():
+        inputs = x.detach().requires_grad_()
+        return inputs, function(inputs, start)
 
 
 class Purifier(PreprocessorPyTorch):
@@ -147,8 +162,8 @@ class Purifier(PreprocessorPyTorch):
         apply_predict: purify in prediction, and so in attacks.
         verbose: show a progress bar.
         gradient: ``"identity"`` passes gradients on unchanged (BPDA, Athalye et al. 2018, arXiv:1802.00420);
-            ``"exact"`` differentiates the computation, with the random numbers of the forward pass. The latter
-            computes every batch once more in the backward pass instead of keeping its activations.
+            ``"exact"`` differentiates the computation, with the random numbers of the forward pass. For more images
+            than ``batch_size`` it computes each batch again in the backward pass instead of keeping all activations.
         seed: of the random numbers. None draws a new one from torch's global generator at each call; with an integer,
             the result is a function of the seed and an image's position in the input, whatever ``batch_size``.
         device_type: ``"gpu"`` or ``"cpu"``: where a model that is loaded by path or name goes. A model that is passed
@@ -261,7 +276,7 @@ class Purifier(PreprocessorPyTorch):
 
         differentiated = x.requires_grad and torch.is_grad_enabled()
         if differentiated and self.gradient == "exact":
-            return Recomputed.apply(x, purify, batches)
+            return Exact.apply(x, purify, batches)
         with torch.no_grad():
             result = batches(lambda part: purify(x[part], part.start))
         return StraightThrough.apply(x, lambda _: result) if differentiated else result

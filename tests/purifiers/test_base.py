@@ -185,13 +185,31 @@ def test_the_result_may_be_changed_in_place(gradient):
         assert x.grad.abs().min() > 0
 
 
-@pytest.mark.parametrize("gradient", ["identity", "exact"])
-def test_an_exact_backward_pass_keeps_the_images_only(gradient):
-    saved = []
-    x = images().requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
-        Noisy(gradient=gradient)(x)
-    assert saved == ([x.shape] if gradient == "exact" else [])
+def test_between_the_passes_only_the_images_are_kept_if_there_are_several_batches():
+    for gradient, batch_size, expected in (("identity", 128, 0), ("exact", 2, 1)):
+        kept = []
+        x = images().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.shape) or t, lambda t: t):
+            Noisy(gradient=gradient, batch_size=batch_size)(x)
+        assert kept == [x.shape] * expected
+
+
+@pytest.mark.parametrize(("batch_size", "evaluations"), [(128, 1), (5, 1), (4, 2 * 2)])
+def test_a_single_batch_is_computed_once_and_several_batches_twice(batch_size, evaluations):
+    class Counting(Noisy):
+        count = 0
+
+        def purify(self, x, generator):
+            self.count += 1
+            return super().purify(x, generator)
+
+    defence, x = Counting(gradient="exact", batch_size=batch_size), images().requires_grad_()
+    result, _ = defence(x)
+    result.sum().backward(retain_graph=True)
+    assert defence.count == evaluations
+    first = x.grad.clone()
+    result.sum().backward()  # the activations are gone: it is computed again, with the same draws
+    torch.testing.assert_close(x.grad, 2 * first)
 
 
 # Ranges, layouts, arrays
