@@ -1,4 +1,4 @@
-"""The density model users hold: PixelCNN++ over 8-bit images, speaking in levels."""
+"""PixelCNN++, an autoregressive density model of 8-bit images."""
 
 from __future__ import annotations
 
@@ -15,27 +15,36 @@ from art_pixeldefend.models.pixelcnnpp.layers import WeightNormConv2d, kept_weig
 from art_pixeldefend.models.pixelcnnpp.network import PixelCNNppNetwork
 from art_pixeldefend.validation import check_count, check_image_shape, check_probability
 
-SCORING_CHUNK = 16  # images a pass: on a CPU larger ones lose more to memory allocation than they gain
-GPU_SCORING_CHUNK = 256  # a GPU is not busy with fewer
-LEVEL_CHUNK = 32  # levels at a time where all 256 are asked for
+SCORING_CHUNK = 16  # images per pass on a CPU, where larger batches lose more to memory allocation than they gain
+GPU_SCORING_CHUNK = 256  # images per pass on a GPU, which fewer do not keep busy
+LEVEL_CHUNK = 32  # levels per pass where the probabilities of all 256 are computed
 
 
 class PixelCNNpp(ImageModel):
-    """PixelCNN++ (Salimans et al. 2017, arXiv:1701.05517) with the 256-way softmax of PixelDefend (arXiv:1710.10766).
+    """PixelCNN++ (Salimans et al. 2017, arXiv:1701.05517), the density model of PixelDefend (arXiv:1710.10766).
 
         p(x) = prod over rows i, columns j, channels k of p(x[k, i, j] | the sub-pixels before it in that order)
 
-    Every public method takes 8-bit *levels*: integers 0..255 in NCHW, of any dtype, as a tensor or an array.
+    Each factor is a distribution over 256 levels. All public methods take *levels*: integers 0..255 in NCHW, of any
+    dtype, as a tensor or an array.
+
+    Two details differ from OpenAI's PixelCNN++ and Microsoft's PixelDefend code, so their weights cannot be used:
+
+    - They shift the outputs of the first convolutions, which puts zeros into row 0 and column 0. Here the inputs are
+      shifted, and the biases of the first convolutions reach row 0 and column 0.
+    - The channels of a pixel share the mixture weights. In OpenAI's code one component is drawn for all channels of a
+      pixel; here, as in Microsoft's code, each sub-pixel has a mixture of its own given the earlier channels. For grey
+      images this is the same.
 
     Args:
         image_shape: (C, H, W); any C, H and W.
         filters: feature maps of every hidden layer (the paper: 160 for CIFAR-10, 40 for Fashion-MNIST).
         resnets: gated resnets per stage (the paper: 5).
         mixtures: logistic components per sub-pixel (the paper: 10).
-        dropout: probability in training.
+        dropout: dropout probability in training.
 
     Raises:
-        ValueError: naming the argument that is not a positive integer, or not a probability.
+        ValueError: naming the argument that is not as described.
 
     Example:
         >>> from art_pixeldefend import PixelCNNpp, datasets
@@ -66,14 +75,12 @@ class PixelCNNpp(ImageModel):
         outputs = mixture.parameters_per_pixel(channels, self.mixtures)
         self.network = PixelCNNppNetwork(channels, outputs, self.filters, self.resnets, self.dropout)
 
-    # One pass
-
     def forward(self, x: Tensor) -> Tensor:
-        """Mixture parameters (N, P, H, W) of levels (N, C, H, W); a pixel's depend on the pixels before it only."""
+        """Mixture parameters (N, P, H, W) for levels (N, C, H, W); those of a pixel depend on earlier pixels only."""
         return self.network((x.to(self.dtype) - mixture.HALF) / mixture.HALF)
 
     def sub_pixel_log_probs(self, x: Tensor) -> Tensor:
-        """log p(x[k, i, j] | before) in nats, (N, C, H, W), differentiable: minus the training loss."""
+        """log p(x[k, i, j] | earlier sub-pixels) in nats, (N, C, H, W), differentiable in the weights."""
         params = self._mixture_parameters(x)
         levels = x.to(params.dtype).movedim(1, -1)
         channels = range(self.image_shape[0])
@@ -81,21 +88,21 @@ class PixelCNNpp(ImageModel):
         return torch.stack(per_channel, dim=1)
 
     def _mixture_parameters(self, x: Tensor) -> Tensor:
-        """Those of levels ``x``, (N, H, W, P); at least in float32, which reduced precision does not extend to."""
+        """Mixture parameters (N, H, W, P) for levels ``x``, in float32 or better: mixtures need that precision."""
         params = self(x).movedim(1, -1)
         return params.float() if params.dtype.itemsize < 4 else params
 
-    # What users ask
+    # Likelihoods and samples
 
     @torch.no_grad()
     def conditional_log_probs(self, x: Tensor | np.ndarray) -> Tensor:
-        """log p(z | the sub-pixels of x before this one) of every level z, in nats.
+        """log p(z | earlier sub-pixels of x) of every level z at every sub-pixel, in nats.
 
         Args:
             x: levels (N, C, H, W).
 
         Returns:
-            (N, C, H, W, 256), on the model's device, float32 or the model's dtype where that is more precise.
+            (N, C, H, W, 256) on the model's device, in float32, or float64 for a float64 model.
 
         Raises:
             ValueError: if ``x`` is not a batch of levels of the model's image shape.
@@ -115,7 +122,7 @@ class PixelCNNpp(ImageModel):
 
     @torch.no_grad()
     def log_prob(self, x: Tensor | np.ndarray) -> Tensor:
-        """log p(x) in nats, (N,) in float64.
+        """log p(x) in nats: (N,), float64.
 
         Args:
             x: levels (N, C, H, W).
@@ -130,7 +137,7 @@ class PixelCNNpp(ImageModel):
         return torch.cat(chunks)
 
     def bits_per_dim(self, x: Tensor | np.ndarray) -> Tensor:
-        """-log p(x) / (C H W log 2), (N,) in float64 (PixelDefend, section 2.3).
+        """Bits per dimension, -log p(x) / (C H W log 2): (N,), float64 (PixelDefend, section 2.3).
 
         Args:
             x: levels (N, C, H, W).
@@ -141,14 +148,12 @@ class PixelCNNpp(ImageModel):
         return -self.log_prob(x) / (math.prod(self.image_shape) * math.log(2))
 
     def sample(self, count: int, *, seed: int = 0) -> Tensor:
-        """Images drawn from the model: levels (count, C, H, W), uint8, the same for the same seed.
+        """Draw images: levels (count, C, H, W), uint8, the same for the same seed.
 
         Raises:
             ValueError: if ``count`` is negative.
         """
-        from art_pixeldefend.models.pixelcnnpp.decoders import (
-            sample,  # the one look upwards: sampling is decoding with noise
-        )
+        from art_pixeldefend.models.pixelcnnpp.decoders import sample  # the decoders import this module
 
         return sample(self, count, seed=seed)
 
@@ -164,9 +169,9 @@ class PixelCNNpp(ImageModel):
 
     @torch.no_grad()
     def initialise(self, x: Tensor | np.ndarray) -> None:
-        """Data-dependent initialisation: one pass over levels ``x`` (the paper: 100 images) sets gains and biases.
+        """Set gains and biases by one pass over levels ``x`` of training images (the paper: 100 images).
 
-        Every layer's outputs then have mean 0 and a set deviation (Salimans and Kingma 2016, arXiv:1602.07868).
+        The outputs of every layer then have mean 0 and a given deviation (Salimans and Kingma 2016, arXiv:1602.07868).
 
         Raises:
             ValueError: if ``x`` is empty, or not a batch of levels of the model's image shape.
@@ -185,7 +190,7 @@ class PixelCNNpp(ImageModel):
 
 
 def check_pixel_cnn(value: Any) -> None:
-    """Is it a model?
+    """Check that ``value`` is a :class:`PixelCNNpp`.
 
     Raises:
         ValueError: naming ``pixel_cnn``.

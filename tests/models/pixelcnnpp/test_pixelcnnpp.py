@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from art_pixeldefend import PixelCNNpp
+from art_pixeldefend.models.pixelcnnpp import mixture
 from art_pixeldefend.models.pixelcnnpp.layers import WeightNormConv2d
 
 SHAPES = [(1, 8, 8), (3, 5, 6), (2, 7, 4), (1, 1, 9), (1, 9, 1)]
@@ -40,6 +41,30 @@ def test_conditionals_are_normalised_and_their_sum_over_the_image_is_its_log_pro
     assert (conditionals.double().exp().sum(-1) - 1).abs().max() < 1e-5
     chosen = conditionals.gather(-1, x.long().unsqueeze(-1)).squeeze(-1).double().sum((1, 2, 3))
     assert torch.allclose(chosen, model.log_prob(x), atol=1e-2, rtol=1e-5)
+
+
+def test_the_biases_of_the_first_layer_reach_the_first_row_and_the_first_pixel(make_model, make_levels):
+    """Unlike in OpenAI's code, where these outputs are zero."""
+    network = make_model((1, 5, 6)).network
+    x = torch.cat([torch.from_numpy(make_levels(2, (1, 5, 6))).float(), torch.ones(2, 1, 5, 6)], dim=1)
+    biases = [layer.bias for layer in (network.u_start, network.ul_start_above, network.ul_start_left)]
+    assert all(bias.abs().max() > 0 for bias in biases)
+    assert torch.equal(network.u_start(x)[:, :, 0], biases[0].expand(2, 6, 6).mT)
+    first = network.ul_start_above(x)[:, :, 0, 0] + network.ul_start_left(x)[:, :, 0, 0]
+    assert torch.allclose(first, biases[1] + biases[2])
+
+
+def test_a_component_is_chosen_for_every_sub_pixel_of_an_rgb_pixel():
+    """Two components that agree with each other in no channel: mixing channels, 4 colours are likely and not 2."""
+    parameters = torch.full((1, 1, 1, mixture.parameters_per_pixel(2, 2)), 0.0)
+    parts = parameters.unflatten(-1, (-1, 2))
+    parts[..., 1:3, :] = torch.tensor([-0.5, 0.5])  # the means of both channels
+    parts[..., 3:5, :] = -6.0  # log scales
+    low, high = 64, 191
+    for colour in ((low, low), (low, high), (high, low), (high, high)):
+        x = torch.tensor(colour).float()[None, None, None]
+        logs = [mixture.log_prob(mixture.components(parameters, x, k), x[..., k]) for k in range(2)]
+        assert sum(logs).exp().item() > 0.01
 
 
 def test_bits_per_dim_is_the_negative_log_prob_in_bits_per_sub_pixel(make_model, make_levels):
