@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ LONGEST_PAUSE = 1.0  # seconds between two looks at how many processes have arri
 T = TypeVar("T")
 
 _own: ProcessGroup | None = None
+_created = 0
 
 
 class ProcessGroup:
@@ -38,6 +40,11 @@ class ProcessGroup:
         world_size: how many processes there are.
         store: key-value store that the processes share. Without one, :meth:`wait` is a barrier with the time limit of
             the group that the caller created.
+
+    Example:
+        >>> group = process_group()  # without torchrun
+        >>> group.world_size, group.gather("result")
+        (1, ['result'])
     """
 
     def __init__(self, rank: int = 0, world_size: int = 1, store: dist.Store | None = None) -> None:
@@ -121,13 +128,13 @@ class ProcessGroup:
 
 
 def process_group() -> ProcessGroup:
-    """The processes that ``torchrun`` started, or this one alone.
+    """Return the processes that ``torchrun`` started, or this one alone.
 
     A default process group that the caller has created is used as it is. Otherwise the first call under ``torchrun``
     creates one. Its operations on CPU tensors go through gloo, those on GPU tensors through NCCL, whose connections are
     made when first needed.
     """
-    global _own
+    global _own, _created
     if not dist.is_available():
         return ProcessGroup()
     if _own is not None and dist.is_initialized():
@@ -137,7 +144,9 @@ def process_group() -> ProcessGroup:
     if not dist.is_torchelastic_launched():
         return ProcessGroup()
     store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
-    _own = ProcessGroup(rank, world_size, dist.PrefixStore("art_pixeldefend", store))
+    _created += 1  # a group that replaces a destroyed one must not find the keys of that
+    store = dist.PrefixStore(f"art_pixeldefend/{_created}", store)
+    _own = ProcessGroup(rank, world_size, store)
     if torch.cuda.is_available():
         torch.cuda.set_device(_own.device)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -148,5 +157,6 @@ def process_group() -> ProcessGroup:
 
 def _leave() -> None:
     if _own is not None and dist.is_initialized():
-        _own.leave()
+        with suppress(dist.DistError):  # where another process hosts the store, it may be gone
+            _own.leave()
         dist.destroy_process_group()

@@ -32,6 +32,10 @@ torch.set_num_threads(1)
 for entry in range(12):
     group = processes.process_group()
     assert group.gather((entry, group.rank)) == [(entry, 0), (entry, 1)]
+for entry in range(3):
+    torch.distributed.destroy_process_group()  # by a careless caller
+    group = processes.process_group()
+    assert group.gather((entry, group.rank)) == [(entry, 0), (entry, 1)]
 if group.rank == 1:
     time.sleep(6)  # longer than the time limit of an exchange
 group.wait()

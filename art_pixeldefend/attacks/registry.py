@@ -30,6 +30,11 @@ class Attack:
         true_labels: whether it is given the true labels; otherwise it attacks the classifier's own predictions.
         note: a remark for the tables that show it.
         version: to be raised when its images change; stored images of earlier versions are then made again.
+
+    Example:
+        >>> attack = ATTACKS["bim"]
+        >>> attack.title, attack.gradients(eps=8)
+        ('BIM', 10)
     """
 
     build: Callable[..., EvasionAttack]

@@ -42,6 +42,13 @@ class Stages:
     Raises:
         ValueError: if the grid has more validation images than the data set reserves, or reports on those that choose
             a threshold.
+
+    Example:
+        >>> from art_pixeldefend import datasets
+        >>> stages = Stages(Grid("digits", (Row("vgg"),), (40,)), datasets.load("digits"), Store("work"))
+        >>> cell = Cell(Row("vgg"), "rand", 40)
+        >>> stages.attacked(cell, 0, 10).shape
+        (10, 1, 8, 8)
     """
 
     def __init__(self, grid: Grid, data: Dataset, store: Store, *, verbose: bool = False) -> None:

@@ -29,3 +29,22 @@ def test_no_strongest_attack_is_shown_where_one_failed(tiny):
 )
 def test_wilsons_interval_has_its_known_values(correct, count, low, high):
     assert table.wilson(correct, count) == pytest.approx((low, high), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("threat", "noted", "other"),
+    [("white-box", "upper bound", "nothing about an attacker"), ("blind", "nothing about an attacker", "upper bound")],
+)
+def test_tables_say_what_their_threats_do_not_show(tiny, threat, noted, other):
+    text = table.markdown(replace(tiny, rows=(Row("vgg", "normal", "feature-squeezing", threat),)), {})
+    assert f"- *{threat}*: " in text and noted in text and other not in text
+
+
+def test_published_numbers_and_remarks_stand_in_the_table_if_the_grid_has_them(tiny):
+    row = Row("vgg", "normal", "feature-squeezing")
+    grid = replace(tiny, rows=(row,), eps=(16,), paper=lambda grid, row, column, eps: 70.0, notes={row.defence: "odd"})
+    made = {cell: runner._counts(np.array([True, False])) for cell in grid.cells()}
+    text = table.markdown(grid, made)
+    assert "**50.0** (70, -20.0)" in text and "- feature-squeezing: odd." in text
+    alone = table.markdown(replace(grid, paper=None, notes={}), made)
+    assert "| **50.0** |" in alone and "paper" not in alone and "odd" not in alone
