@@ -8,9 +8,10 @@ from art_pixeldefend.evaluation.grid import Row
 from art_pixeldefend.evaluation.paper import ascent, drawing
 from art_pixeldefend.evaluation.paper.grids import GRIDS
 from art_pixeldefend.evaluation.paper.reproduce import reproduce
-from art_pixeldefend.evaluation.runner import Outcome
+from art_pixeldefend.evaluation.runner import Outcome, run
 from art_pixeldefend.evaluation.stages import Stages
 from art_pixeldefend.evaluation.store import Store
+from art_pixeldefend.evaluation.table import entries
 
 
 def test_starts_without_a_row_for_figure_5_are_refused_before_the_work_is_done(tmp_path, tiny):
@@ -63,3 +64,17 @@ def test_every_row_of_the_digits_grid_runs_from_an_empty_folder(tmp_path):
     assert "failed" not in text
     lines = [line for line in text.splitlines() if line.startswith("| ")][1:]
     assert len(lines) == len(grid.rows) and all(line.count("**") == 2 * 5 for line in lines)
+
+
+def test_purification_restores_accuracy_less_so_under_attacks_that_see_it(tmp_path):
+    rows = (Row(), Row(defence="pixeldefend"), Row(defence="pixeldefend", threat="white-box"))
+    grid = replace(GRIDS["digits"], rows=rows, attacks=("fgsm", "bim"), images=100, chunk=100)
+    results = run(grid, tmp_path, verbose=False).results
+    found = {(r["defence"], r["threat"], r["column"]): r["ours"] for r in entries(grid, results)}
+    undefended, blind, white_box = (
+        {column: found[row.defence, row.threat, column] for column in ("clean", "strongest")} for row in rows
+    )
+    assert undefended["clean"] > 95 and undefended["strongest"] < 20
+    assert blind["clean"] == white_box["clean"] > undefended["clean"] - 5
+    assert blind["strongest"] > undefended["strongest"] + 50
+    assert white_box["strongest"] < blind["strongest"]
