@@ -1,4 +1,4 @@
-"""Value ranges and layouts: users' images on one side, [0, 1] or 8-bit levels in NCHW on the other."""
+"""Conversion of images between their own range and layout, and [0, 1] or 8-bit levels in NCHW."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 LEVELS = 256
 TOP = LEVELS - 1
 PIECE = 2**22  # values converted at a time: each takes 24 bytes during the conversion
-FAR = 10.0  # value ranges: values farther outside clip_values belong to another range of values
+FAR = 10.0  # ranges: values farther outside clip_values cannot be those of images in that range
 
 ClipValues: TypeAlias = tuple[float, float] | tuple[np.ndarray, np.ndarray]
 UNIT = (0.0, 1.0)
 
 
 def check_clip_values(value: Any) -> ClipValues:
-    """(minimum, maximum) as two floats, or as two float64 arrays where they differ between channels or pixels.
+    """Return (minimum, maximum) as two floats, or as two float64 arrays if they differ between channels or pixels.
 
     Raises:
         ValueError: naming ``clip_values``.
@@ -39,7 +39,7 @@ def check_clip_values(value: Any) -> ClipValues:
 
 
 def as_tensor(x: Any) -> Tensor:
-    """An array, or what NumPy makes one of, as a new tensor.
+    """Copy an array, or nested sequences of numbers, to a tensor.
 
     Raises:
         ValueError: naming ``x``, if it is not an array of numbers.
@@ -60,7 +60,7 @@ def to_levels(x: np.ndarray, clip_values: ClipValues = UNIT) -> np.ndarray: ...
 @overload
 def to_levels(x: Tensor, clip_values: ClipValues = UNIT) -> Tensor: ...
 def to_levels(x: Any, clip_values: Any = UNIT) -> Any:
-    """The nearest of 256 levels, uint8, of the shape of ``x``; values outside ``clip_values`` are clipped."""
+    """Round values to the nearest of 256 levels, uint8; values outside ``clip_values`` are clipped."""
     if not isinstance(x, Tensor):
         return to_levels(as_tensor(x), clip_values).numpy()
     low, high = clip_values
@@ -74,7 +74,7 @@ def from_levels(levels: np.ndarray, clip_values: ClipValues = UNIT, dtype: Any =
 @overload
 def from_levels(levels: Tensor, clip_values: ClipValues = UNIT, dtype: Any = None) -> Tensor: ...
 def from_levels(levels: Any, clip_values: Any = UNIT, dtype: Any = None) -> Any:
-    """Levels in the units of ``clip_values``, float32 unless ``dtype`` says otherwise; rounded for integer types."""
+    """Convert levels to values in ``clip_values``, of ``dtype`` (default: float32), rounded for integer types."""
     if not isinstance(levels, Tensor):
         wanted = np.dtype(dtype or np.float32)
         values = from_levels(as_tensor(levels), clip_values, torch.float64).numpy()
@@ -114,11 +114,11 @@ class Images:
         self.image_shape, self.clip_values, self.channels_first = image_shape, clip_values, channels_first
 
     def check(self, x: Tensor) -> bool:
-        """Whether any value of ``x`` is more than half a level outside ``clip_values``.
+        """Check images, and return whether any value is more than half a level outside ``clip_values``.
 
         Raises:
-            ValueError: naming ``x``: it is not a batch of images of numbers, holds NaN or infinity, or values more
-                than ten ranges outside ``clip_values``.
+            ValueError: naming ``x``: a wrong shape or dtype, NaN or infinity, or values more than ten ranges outside
+                ``clip_values``; or naming ``clip_values``, if they do not fit the images.
         """
         if x.dtype == torch.bool or x.is_complex():
             raise ValueError(f"x must hold real numbers, got dtype {x.dtype}")
@@ -146,20 +146,20 @@ class Images:
         return "(" + ", ".join("/".join(f"{value:g}" for value in end[:4]) for end in (low, high)) + ")"
 
     def to_unit(self, x: Tensor) -> Tensor:
-        """Images as (N, C, H, W) in float64, ``clip_values`` being 0 and 1; differentiable, and not clipped."""
+        """Map ``clip_values`` to 0 and 1, without clipping, as (N, C, H, W) in float64; differentiable."""
         low, high = self._ends(x)
         unit = (x.double() - low) / (high - low)
         return unit if self._is_nchw(x) else unit.movedim(-1, 1)
 
     def from_unit(self, unit: Tensor, like: Tensor) -> Tensor:
-        """Images (N, C, H, W) in [0, 1] in the range, layout, dtype and device of ``like``; differentiable."""
+        """Map [0, 1] to ``clip_values``, in the layout, dtype and device of ``like``; differentiable."""
         unit = unit.to(like.device, torch.float64)
         low, high = self._ends(like)
         values = (unit if self._is_nchw(like) else unit.movedim(1, -1)) * (high - low) + low
         return values.to(like.dtype) if like.is_floating_point() else values.round().to(like.dtype)
 
     def to_levels(self, x: Tensor) -> Tensor:
-        """The nearest levels (N, C, H, W), uint8.
+        """Round images to the nearest levels (N, C, H, W), uint8.
 
         Raises:
             ValueError: as :meth:`check`, or for values more than half a level outside ``clip_values``.
@@ -172,12 +172,12 @@ class Images:
         return levels if self._is_nchw(x) else levels.movedim(-1, 1)
 
     def from_levels(self, levels: Tensor, like: Tensor) -> Tensor:
-        """Levels (N, C, H, W) in the range, layout, dtype and device of ``like``."""
+        """Convert levels (N, C, H, W) to images in the range, layout, dtype and device of ``like``."""
         levels = levels if self._is_nchw(like) else levels.movedim(1, -1)
         return from_levels(levels.to(like.device), self._ends(like), like.dtype)
 
     def _ends(self, x: Tensor) -> tuple[Any, Any]:
-        """Minimum and maximum: numbers, or tensors that broadcast over ``x``."""
+        """Return minimum and maximum as numbers, or as tensors that broadcast over ``x``."""
         nchw = self._is_nchw(x)
         if not isinstance(self.clip_values[0], np.ndarray):
             return self.clip_values
@@ -196,7 +196,7 @@ class Images:
         raise ValueError(f"clip_values of shapes {shapes} must broadcast over images of shape {tuple(x.shape[1:])}")
 
     def _is_nchw(self, x: Tensor) -> bool:
-        """Whether ``x`` is NCHW; if not it is NHWC.
+        """Return whether ``x`` is NCHW rather than NHWC.
 
         Raises:
             ValueError: naming ``x``, if it is neither.
@@ -218,7 +218,7 @@ class Images:
 
 
 def _in_pieces(function: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``function`` of ``x`` (N, ...) as a tensor of ``dtype``, a few images at a time."""
+    """Apply ``function`` to ``x`` (N, ...), a few images at a time, with a result of ``dtype``."""
     result = torch.empty(x.shape, dtype=dtype, device=x.device)
     count = max(1, PIECE // max(1, math.prod(x.shape[1:])))
     for some, into in zip(x.split(count), result.split(count), strict=True):

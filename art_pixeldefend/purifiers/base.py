@@ -6,6 +6,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from inspect import signature
 from typing import Any
 
@@ -24,12 +25,14 @@ from art_pixeldefend.validation import check_count
 
 GRADIENTS = ("identity", "exact")
 
-Part = Callable[[Tensor, int], Tensor]  # of some images and the position of the first: a tensor of the same shape
-Batches = Callable[[Callable[[slice], Tensor]], Tensor]  # of a function of slices of x: its results, concatenated
+# A function of a batch of images and the position of its first image in the whole input.
+BatchFunction = Callable[[Tensor, int], Tensor]
+# Applies a function to the slices of the input that make up its batches, and concatenates the results.
+MapBatches = Callable[[Callable[[slice], Tensor]], Tensor]
 
 
 class BatchGenerator:
-    """Random numbers for a batch, from one independent stream for each image.
+    """Draw random numbers for a batch, from an independent stream for each image.
 
     An image's stream is a function of ``seed`` and its position only, so that results do not depend on how images are
     divided into batches. Numbers are drawn on the CPU in float32: they are the same on every device.
@@ -54,25 +57,30 @@ class BatchGenerator:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self._streams = [np.random.default_rng([seed, position]) for position in positions]
-        self._device, self._dtype = device, dtype
+        self._seed, self._positions, self._device, self._dtype = seed, positions, device, dtype
 
     def __len__(self) -> int:
-        return len(self._streams)
+        return len(self._positions)
+
+    @cached_property
+    def _streams(self) -> list[np.random.Generator]:
+        """The streams, made at the first draw: many purifiers draw nothing."""
+        return [np.random.default_rng([self._seed, position]) for position in self._positions]
 
     def normal(self, shape: Sequence[int]) -> Tensor:
-        """Standard normal numbers (N, *shape); ``shape`` is that of one image's."""
+        """Draw standard normal numbers (N, *shape), ``shape`` being the shape for one image."""
         return self._draw(shape, np.random.Generator.standard_normal)
 
     def uniform(self, shape: Sequence[int]) -> Tensor:
-        """Numbers (N, *shape), uniform in [0, 1); ``shape`` is that of one image's."""
+        """Draw numbers uniform in [0, 1), (N, *shape), ``shape`` being the shape for one image."""
         return self._draw(shape, np.random.Generator.random)
 
     def subset(self, index: Tensor) -> BatchGenerator:
-        """The generator of some of the images, given by a mask or by indices; it goes on in their streams."""
-        chosen = BatchGenerator(0, (), self._device, self._dtype)
-        chosen._streams = [self._streams[i] for i in torch.arange(len(self))[index.cpu()].tolist()]
-        return chosen
+        """Return a generator for some of the images, given by a mask or indices, that continues their streams."""
+        chosen = torch.arange(len(self))[index.cpu()].tolist()
+        generator = BatchGenerator(self._seed, [self._positions[i] for i in chosen], self._device, self._dtype)
+        generator._streams = [self._streams[i] for i in chosen]
+        return generator
 
     def _draw(self, shape: Sequence[int], draw: Any) -> Tensor:
         numbers = np.empty((len(self), *shape), np.float32)
@@ -86,12 +94,12 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """``function(x)``, which must be a new tensor of the shape of ``x``."""
+        """Return ``function(x)``, which must be a new tensor of the shape of ``x``."""
         return function(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """The gradient for ``x``."""
+        """Return the gradient for ``x``."""
         return gradients[0], None
 
 
@@ -104,8 +112,8 @@ class Exact(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, function: Part, batches: Batches) -> Tensor:
-        """``function`` of all batches of ``x``, concatenated."""
+    def forward(ctx: Any, x: Tensor, function: BatchFunction, batches: MapBatches) -> Tensor:
+        """Return ``function`` of all batches of ``x``, concatenated."""
         ctx.save_for_backward(x)
         ctx.function, ctx.batches, ctx.kept = function, batches, None
 
@@ -120,7 +128,7 @@ class Exact(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """The gradient for ``x``."""
+        """Return the gradient for ``x``."""
         (x,) = ctx.saved_tensors
 
         def gradient(part: slice) -> Tensor:
@@ -133,8 +141,8 @@ class Exact(torch.autograd.Function):
         return ctx.batches(gradient), None, None
 
 
-def inputs_and_outputs(function: Part, x: Tensor, start: int) -> tuple[Tensor, Tensor]:
-    """``x`` as a new leaf of autograd's graph, and ``function`` of it."""
+def inputs_and_outputs(function: BatchFunction, x: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """Return ``x`` as a leaf of a new autograd graph, and ``function`` of it."""
     with torch.enable_grad():
         inputs = x.detach().requires_grad_()
         return inputs, function(inputs, start)
@@ -189,7 +197,7 @@ class Purifier(PreprocessorPyTorch):
     model: Any = None
     channels_first: bool | None = None
     clips_input: bool = True  # images are clipped to ``clip_values``, with a warning, before ``purify`` gets them
-    precision: torch.dtype = torch.float32  # the least of the images that ``purify`` gets
+    precision: torch.dtype = torch.float32  # the least precise dtype of the images that ``purify`` gets
 
     def __init__(
         self,
@@ -237,7 +245,7 @@ class Purifier(PreprocessorPyTorch):
         Args:
             x: images (N, C, H, W) or (N, H, W, C) of any dtype. Values outside ``clip_values`` are clipped, with a
                 warning the first time; the clipping's gradient is the identity.
-            y: labels, handed through.
+            y: labels, returned as they are.
 
         Returns:
             Images of the shape, dtype and device of ``x``; and ``y``.
@@ -285,9 +293,8 @@ class Purifier(PreprocessorPyTorch):
         """Purify arrays, for estimators of any framework.
 
         Args:
-            x: images as for :meth:`forward`, as an array or what NumPy makes one of. A tensor is handed to
-                :meth:`forward`.
-            y: labels, handed through.
+            x: images as for :meth:`forward`, as an array or nested sequences. A tensor is passed to :meth:`forward`.
+            y: labels, returned as they are.
 
         Returns:
             Images of the shape and dtype of ``x``; and ``y``.
@@ -302,7 +309,11 @@ class Purifier(PreprocessorPyTorch):
         return purified.cpu().numpy().astype(np.asarray(x).dtype, copy=False), y
 
     def estimate_gradient(self, x: np.ndarray, grad: np.ndarray) -> np.ndarray:
-        """The gradient for ``x``, for estimators of other frameworks: ``grad``, or the exact one at a new draw."""
+        """Return the gradient for ``x``, for estimators of other frameworks.
+
+        It is ``grad`` for ``gradient="identity"``; for ``"exact"`` images are purified once more, without a seed with
+        new random numbers.
+        """
         return grad if self.gradient == "identity" else super().estimate_gradient(x, grad)
 
     def set_params(self, **kwargs: Any) -> None:
@@ -315,13 +326,13 @@ class Purifier(PreprocessorPyTorch):
             super().set_params(**kwargs)
 
     def _call_seed(self) -> int:
-        """The seed of a call's random numbers."""
+        """Return the seed of a call's random numbers."""
         if self.stochastic and self.seed is None:
             return int(torch.randint(2**62, ()))
         return self.seed or 0
 
     def _evaluating(self) -> AbstractContextManager[None]:
-        """No dropout, full precision and no autocast, whatever the caller has set."""
+        """Disable dropout, reduced precision and autocast for the duration of the context."""
         return self.model.evaluating() if isinstance(self.model, ImageModel) else full_float32()
 
     def _check_params(self) -> None:

@@ -1,4 +1,4 @@
-"""Parameters that are set all together or not at all."""
+"""Setting parameters all together or not at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @contextmanager
 def all_or_none(holder: Any) -> Iterator[None]:
-    """If what is done inside raises, the attributes of ``holder`` are afterwards what they were before."""
+    """Restore the attributes of ``holder`` if the body of the context raises."""
     before = dict(vars(holder))
     try:
         yield

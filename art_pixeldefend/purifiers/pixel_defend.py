@@ -81,7 +81,7 @@ class PixelDefend(Purifier):
         return self.pixel_cnn
 
     def purify(self, x: Tensor, generator: BatchGenerator) -> Tensor:
-        """The purified images of ``x``, both (N, C, H, W) in [0, 1]; every value is one of 256 levels."""
+        """Purify images (N, C, H, W) in [0, 1]; every value of the result is one of 256 levels."""
         levels = to_levels(x)
         if not self._scored and len(levels):
             self._scored = True
@@ -89,7 +89,7 @@ class PixelDefend(Purifier):
         return self.purify_levels(levels).to(x.dtype) / TOP
 
     def purify_levels(self, levels: Tensor) -> Tensor:
-        """Purified levels of levels, both (N, C, H, W), uint8, on the model's device."""
+        """Purify levels (N, C, H, W), uint8, on the model's device."""
         return greedy_decode(self.pixel_cnn, levels, self.eps, self.method, batch_size=self.batch_size)
 
     def _check_density(self, levels: Tensor) -> None:

@@ -18,7 +18,8 @@ class PurifiedModel(nn.Module):
 
     It makes a purifier usable from tools that take a plain PyTorch model, and inside ``PyTorchClassifier``, where it
     gives attacks the gradients of expectation over transformation (EOT, Athalye et al. 2018, arXiv:1707.07397).
-    Gradients pass through the purifier as its ``gradient`` argument says. The purifier's ``clip_values``,
+    Gradients pass through the purifier as its ``gradient`` argument says; if its ``seed`` is an integer, every call
+    draws the same numbers, and the module is deterministic. The purifier's ``clip_values``,
     ``apply_fit`` and ``apply_predict`` have no effect here: images are in [0, 1] and always purified.
 
     Args:
@@ -62,7 +63,7 @@ class PurifiedModel(nn.Module):
         self.combine = combine
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits, or log-probabilities, (N, classes) of images ``x`` (N, C, H, W) in [0, 1].
+        """Return logits, or log-probabilities, (N, classes) of images ``x`` (N, C, H, W) in [0, 1].
 
         Raises:
             ValueError: naming ``x``, as :meth:`Purifier.forward`, or if it holds integers.
@@ -75,12 +76,12 @@ class PurifiedModel(nn.Module):
         return combined(logits.unflatten(0, (len(x), runs)), self.combine)
 
     def extra_repr(self) -> str:
-        """The arguments that are not modules."""
+        """Return the arguments that are not modules."""
         return f"purifier={self.purifier!r}, runs={self.runs}, combine={self.combine!r}"
 
 
 def combined(logits: Tensor, combine: str) -> Tensor:
-    """One row per image, (N, classes), of the logits of its draws, (N, runs, classes); see :class:`PurifiedModel`."""
+    """Combine the logits of draws (N, runs, classes) to one row per image (N, classes); see :class:`PurifiedModel`."""
     if combine == "logits":
         return logits.mean(1)
     runs = logits.shape[1]

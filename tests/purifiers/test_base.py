@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -277,24 +278,56 @@ def test_an_empty_batch_returns_empty():
         assert defence(torch.zeros(0, 1, 4, 3, requires_grad=True))[0].shape == (0, 1, 4, 3)
 
 
-@pytest.mark.parametrize("gradient", ["identity", "exact"])
-def test_autocast_changes_neither_images_nor_gradients(gradient):
-    class Product(Purifier):
-        gradients = ("identity", "exact")
+class Product(Purifier):
+    """Stochastic, with a matrix product, which autocast would reduce in precision."""
 
-        def purify(self, x, generator):
-            return (x @ x.mT) / x.shape[-1]
+    stochastic, gradients = True, ("identity", "exact")
+
+    def purify(self, x, generator):
+        return (x + generator.normal(x.shape[1:])) @ x.mT / x.shape[-1]
+
+
+def double_by_default():
+    @contextmanager
+    def changed():
+        torch.set_default_dtype(torch.float64)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    return changed()
+
+
+@pytest.mark.parametrize("state", [lambda: torch.autocast("cpu", torch.bfloat16), double_by_default])
+@pytest.mark.parametrize("gradient", ["identity", "exact"])
+@pytest.mark.parametrize("batch_size", [2, 128])
+def test_autocast_and_the_default_dtype_change_neither_images_nor_gradients(gradient, batch_size, state):
+    x = images(3, (1, 5, 5), torch.float32)
 
     def purified():
-        x = images(3, (1, 5, 5), torch.float32).requires_grad_()
-        result, _ = Product(gradient=gradient)(x)
+        leaf = x.clone().requires_grad_()
+        result, _ = Product(gradient=gradient, batch_size=batch_size, seed=1)(leaf)
         result.sum().backward()
-        return result.detach(), x.grad
+        return result.detach(), leaf.grad
 
     expected = purified()
-    with torch.autocast("cpu", torch.bfloat16):
+    with state():
         found = purified()
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("gradient", ["identity", "exact"])
+def test_grad_and_inference_modes_do_not_change_images(gradient):
+    defence, x = Product(gradient=gradient, seed=1), images(3, (1, 5, 5), torch.float32)
+    expected = defence(x)[0]
+    leaf = x.clone().requires_grad_()
+    for mode in (torch.no_grad, torch.enable_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(defence(leaf)[0], expected)
+    with torch.inference_mode():
+        inference = x.clone()
+    assert torch.equal(defence(inference)[0], expected)
 
 
 @pytest.mark.parametrize(

@@ -359,6 +359,28 @@ def test_pixels_of_0_to_255_under_a_range_of_0_to_1_are_refused_with_a_hint(pixe
         PixelDefend(pixel_cnn=pixel_cnn)(levels)
 
 
+@pytest.mark.filterwarnings("default:the density model gives")
+@pytest.mark.parametrize("defence_type", [PixelDefend, AdaptivePixelDefend])
+def test_a_density_model_worse_than_uniform_warns_once(make_model, levels, defence_type):
+    """A uniform distribution over 256 levels has 8 bits per dimension."""
+    model = make_model(SHAPE)
+    with torch.no_grad():
+        model.network.head.bias.add_(3.0)
+    assert model.bits_per_dim(levels).median() > 8
+    defence = defence_type((0, 255), 4, model)
+    with pytest.warns(UserWarning, match="no fewer than a uniform distribution"):
+        defence(levels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        defence(levels)
+
+
+def test_a_density_model_that_fits_the_images_does_not_warn(digits, digits_model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PixelDefend((0, 255), 32, digits_model)(digits.x_test[:8])
+
+
 # Adaptive PixelDefend
 
 
