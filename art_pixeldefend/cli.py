@@ -172,7 +172,8 @@ def train(
     sizes = {"filters": filters, "resnets": resnets, "mixtures": mixtures, "dropout": dropout}
     sizes = _model_options(model_class, {name: value for name, value in sizes.items() if value is not None}, option)
     start = training.as_start(start_from, model_class, name="--start-from") if start_from else None
-    images = datasets.load(data, data_dir)
+    with _argument("DATA"):
+        images = datasets.load(data, data_dir)
     counts = f"{len(images.x_calibration)} calibration and {len(images.x_test)} test images"
     if first and verbose:
         typer.echo(f"training on {len(images.x_train)} images; held back: {counts}", err=True)
@@ -326,10 +327,10 @@ def detect(
             if source:
                 typer.echo(f"--{reference} {source} is not read: {likelihoods} holds the likelihoods", err=True)
     elif calibration:
-        with _argument("x", "--calibration"):
+        with _argument("--calibration"):
             detector.fit(datasets.read_calibration(calibration, pixel_cnn, data_dir).levels)
     elif training:
-        with _argument("x", "--training"):
+        with _argument("--training"):
             detector.fit(datasets.load(training, data_dir).train_and_calibration().x, reference="training")
     if likelihoods and not likelihoods.exists():
         detector.save(likelihoods)
@@ -470,12 +471,12 @@ def _density_model(model: str, device: str | None = None) -> PixelCNNpp:
 
 
 @contextmanager
-def _argument(name: str, option: str) -> Iterator[None]:
-    """Name the option in errors about the Python argument ``name``, where the two are not called the same."""
+def _argument(option: str) -> Iterator[None]:
+    """Name the option in errors about the arguments ``x`` and ``name`` of the package's functions."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(re.sub(rf"^{name}\b", option, str(error))) from error
+        raise ValueError(re.sub(r"^(x|name)\b", option, str(error))) from error
 
 
 def _summarise(text: str, out: Path | None) -> None:

@@ -209,6 +209,7 @@ def _read_folder(folder: Path, channels: Sequence[int], exclude: str | PathLike[
 def _image_files(folder: Path, excluded: frozenset[Path]) -> Iterator[Path]:
     """The image files of a folder and its subfolders, in order, without those in the real paths ``excluded``."""
     excluded = excluded | {folder.resolve()}  # a symbolic link to a folder above is not followed
+    samples = {"samples.png"} if _is_run(folder) else set()
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             path = folder / entry.name
@@ -217,7 +218,7 @@ def _image_files(folder: Path, excluded: frozenset[Path]) -> Iterator[Path]:
             if entry.is_dir():
                 if not _is_run(path) and path.resolve() not in excluded:
                     yield from _image_files(path, excluded)
-            elif path.suffix.lower() in SUFFIXES:
+            elif path.suffix.lower() in SUFFIXES and path.name not in samples:
                 yield path
 
 

@@ -425,10 +425,13 @@ def test_sample_writes_a_sheet_or_an_array(name, tmp_path):
         (["sample", "--nonsense"], "--nonsense"),
         (["train", "digits", "--out", "run", "--start-from", "imagenet"], "--start-from must be"),
         (["train", "digits", "--out", "run", "--device", "nonsense"], "--device must be"),
+        (["train", "digits", "--out", "run", "--resume", "--overwrite"], "--resume and --overwrite"),
+        (["train", "nowhere", "--out", "run"], "DATA must be"),
         (["train", "digits", "--out", "run", "--steps", "0"], "--steps must be"),
         (["train", "digits", "--out", "run", "--learning-rate", "-1"], "--learning-rate must be"),
         (["train", "fashion-mnist", "--out", "run", "--data-dir", "/dev/null/x"], "--data-dir"),
         (["detect", "digits", "--model", "digits", "--out", "x.csv"], "--calibration"),
+        (["detect", "digits", "--model", "digits", "--out", "x.csv", "--training", "nowhere"], "--training must be"),
         (
             ["detect", "digits", "--model", "digits", "--out", "x.csv", "--training", "digits", "--alpha", "2"],
             "--alpha must be",

@@ -185,6 +185,9 @@ def test_hidden_files_and_folders_and_runs_are_skipped_and_links_to_folders_foll
     (elsewhere / "loop").symlink_to(elsewhere)
     names = ["a.png", "cats/b.png", "dogs/c.png", "e.png", "folder.png/d.png"]
     assert list(read_images(folder).names) == names
+    (folder / "samples.png").write_bytes(b"of another size")
+    for name in ("metrics.jsonl", "model.safetensors"):
+        (folder / name).touch()  # train --out images
     (tmp_path / ".link").symlink_to(folder)
     assert list(read_images(tmp_path / ".link").names) == names  # hidden, but asked for by name
 

@@ -236,7 +236,7 @@ def check_run_folder(folder: str | PathLike[str], *, resume: bool = False, overw
             if nothing can be written there.
     """
     if resume and overwrite:
-        raise ValueError("resume and overwrite exclude each other")
+        raise ValueError("resume=True and overwrite=True exclude each other")
     folder = Path(folder)
     found = [name for name in (CHECKPOINT, MODEL, METRICS) if (folder / name).exists()]
     if resume and MODEL in found and CHECKPOINT not in found:
