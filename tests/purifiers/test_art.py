@@ -1,5 +1,7 @@
 """PixelDefend under ART's attacks and trainers and with smoothing, and PurifiedModel under other packages' attacks."""
 
+import copy
+import pickle
 import warnings
 
 import numpy as np
@@ -16,9 +18,11 @@ from art.attacks.evasion import (
 from art.defences.trainer import AdversarialTrainerFBFPyTorch
 from art.estimators.certification.randomized_smoothing import PyTorchRandomizedSmoothing
 from art.estimators.classification import PyTorchClassifier
+from art.preprocessing.expectation_over_transformation import EoTBrightnessPyTorch
 from torch import nn
 
 from art_pixeldefend import PixelDefend, PurifiedModel
+from art_pixeldefend.purifiers import Purifier
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the density model gives"),  # the models here have random weights
@@ -124,7 +128,44 @@ def test_an_array_of_clip_values_serves_classifier_and_defence(build, pixel_cnn,
     assert np.abs(attack.generate(normalised) - normalised).max() > 0.05
 
 
-# What it is for
+class Noisy(Purifier):
+    """Stochastic and differentiable."""
+
+    stochastic, gradients = True, ("identity", "exact")
+
+    def purify(self, x, generator):
+        return torch.sigmoid(x + generator.normal(x.shape[1:]))
+
+
+def test_purifiers_are_chained_with_arts_own_preprocessors(pixel_cnn, x):
+    """The gradient passes through ART's augmentation, a stochastic purifier and PixelDefend, in this order."""
+    brighter = EoTBrightnessPyTorch(nb_samples=1, clip_values=(0.0, 1.0), delta=(0.1, 0.1), apply_predict=True)
+    steps = [brighter, Noisy(seed=1, gradient="exact"), PixelDefend(eps=4, pixel_cnn=pixel_cnn)]
+    model = network()
+    classifier = PyTorchClassifier(
+        model, nn.CrossEntropyLoss(), SHAPE, 4, clip_values=(0, 1), preprocessing_defences=steps, device_type="cpu"
+    )
+    assert classifier.all_framework_preprocessing
+    by_hand = torch.from_numpy(x).requires_grad_()
+    purified = steps[1].forward(brighter.forward(by_hand)[0])[0]
+    model(steps[2].forward(purified)[0])[:, 1].sum().backward()
+    np.testing.assert_allclose(classifier.class_gradient(x, 1)[:, 0], by_hand.grad, rtol=1e-5, atol=1e-7)
+    again = [copy.deepcopy(classifier), pickle.loads(pickle.dumps(classifier))]
+    for other in again:
+        np.testing.assert_array_equal(other.predict(x), classifier.predict(x))
+
+
+def test_a_clone_for_refitting_keeps_a_stochastic_purifier(x):
+    model = network()
+    classifier = PyTorchClassifier(
+        model, nn.CrossEntropyLoss(), SHAPE, 4, clip_values=(0, 1), preprocessing_defences=[Noisy(seed=3)],
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.01), device_type="cpu",
+    )  # fmt: skip
+    (defence,) = classifier.clone_for_refitting().preprocessing_defences
+    np.testing.assert_array_equal(defence(x)[0], Noisy(seed=3)(x)[0])
+
+
+# Accuracy
 
 
 def test_purification_restores_most_of_the_accuracy_that_an_attack_takes(digits, digits_model):
