@@ -6,6 +6,7 @@ import io
 import os
 import re
 import tokenize
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -131,6 +132,8 @@ def read_images(
 def check_target(path: str | PathLike[str], like: ImageSet, *, overwrite: bool = False) -> None:
     """Check that :func:`write_images` can write to ``path``; meant for before a long computation.
 
+    A folder inside the one that the images come from is accepted with a warning: it will be read as a part of that.
+
     Raises:
         ValueError: naming ``path``, if it exists and may not be overwritten, holds the images that were read, cannot be
             written, or has another suffix than ``.npy`` or ``.npz`` where an array is to be written; or naming two
@@ -142,8 +145,14 @@ def check_target(path: str | PathLike[str], like: ImageSet, *, overwrite: bool =
             raise ValueError(f"arrays are written to .npy or .npz files, got {str(path)!r}")
         check_file(path, overwrite=overwrite)
         return
-    if like.source and like.source.resolve().is_relative_to(path.resolve()):
+    source, target = like.source and like.source.resolve(), path.resolve()
+    if source and source.is_relative_to(target):
         raise ValueError(f"{str(path)!r} holds the images that are read; choose another folder")
+    if source and target.is_relative_to(source):
+        warnings.warn(
+            f"{str(path)!r} is inside the folder of the images: later commands will read it as a part of them",
+            stacklevel=1,  # once, though both this function and write_images check
+        )
     check_folder(path, overwrite=overwrite, suffix=WRITTEN_AS)
     written: dict[Path, str] = {}
     for name in like.names:

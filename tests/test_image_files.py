@@ -99,7 +99,9 @@ def test_results_may_be_written_into_the_folder_of_the_images_and_are_not_read_t
     for _ in range(2):
         found = read_images(tmp_path, exclude=tmp_path / "out")
         assert list(found.names) == ["a.png"]
-        write_images(tmp_path / "out", found.levels, like=found, overwrite=True)
+        with pytest.warns(UserWarning, match="out.*inside"):
+            write_images(tmp_path / "out", found.levels, like=found, overwrite=True)
+    assert list(read_images(tmp_path).names) == ["a.png", "out/a.png"]
 
 
 ORIENTATIONS = {
@@ -244,8 +246,9 @@ def test_targets_that_cannot_be_written_are_refused_by_name(check, tmp_path, mon
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
 def test_a_written_folder_and_its_files_have_the_mode_of_ordinary_ones(mask, tmp_path):
-    Image.new("L", (4, 4)).save(tmp_path / "a.png")
-    found, before = read_images(tmp_path), os.umask(mask)
+    (tmp_path / "in").mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / "in" / "a.png")
+    found, before = read_images(tmp_path / "in"), os.umask(mask)
     try:
         write_images(tmp_path / "out", found.levels, like=found)
     finally:
@@ -255,11 +258,12 @@ def test_a_written_folder_and_its_files_have_the_mode_of_ordinary_ones(mask, tmp
 
 
 def test_nothing_partial_is_left_when_writing_fails(tmp_path):
-    Image.new("L", (4, 4)).save(tmp_path / "a.png")
-    found = read_images(tmp_path)
+    (tmp_path / "in").mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / "in" / "a.png")
+    found = read_images(tmp_path / "in")
     with pytest.raises(TypeError):
         write_images(tmp_path / "out", [np.zeros((1, 4, 4), complex)], like=found)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_files_that_differ_by_their_suffix_only_are_read_and_refused_where_they_would_be_written_to_one(tmp_path):
