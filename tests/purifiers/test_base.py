@@ -213,6 +213,18 @@ def test_a_single_batch_is_computed_once_and_several_batches_twice(batch_size, e
     torch.testing.assert_close(x.grad, 2 * first)
 
 
+def test_the_backward_pass_repeats_the_forward_pass_bit_for_bit():
+    class Recording(Noisy):
+        def purify(self, x, generator):
+            outputs.append(super().purify(x, generator))
+            return outputs[-1]
+
+    outputs = []
+    result, _ = Recording(gradient="exact", batch_size=2)(images().requires_grad_())
+    result.sum().backward()
+    assert torch.equal(torch.cat(outputs[:3]), result) and torch.equal(torch.cat(outputs[3:]), result)
+
+
 # Ranges, layouts, arrays
 
 
