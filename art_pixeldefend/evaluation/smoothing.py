@@ -93,6 +93,7 @@ def certify_smoothed(
     batch_size: int = 500,
     seed: int = 0,
     file: str | PathLike[str] | None = None,
+    overwrite: bool = False,
     verbose: bool = False,
 ) -> Certificates:
     """Certify the predictions of a smoothed classifier (CERTIFY of Cohen et al.).
@@ -114,10 +115,12 @@ def certify_smoothed(
         batch_size: most noisy images in memory at a time.
         seed: of the noise, which is a function of seed and position of the image.
         file: a JSON file to store results in, and to resume from: images with a result in it are skipped.
+        overwrite: replace ``file`` if it exists, whatever it holds, instead of resuming.
         verbose: show a progress bar.
 
     Raises:
-        ValueError: naming the argument that is not as described; or ``file``, if it holds results of other arguments.
+        ValueError: naming the argument that is not as described; or ``file``, if it holds anything but results of these
+            arguments and is not to be overwritten.
 
     Example:
         >>> import numpy as np
@@ -136,7 +139,7 @@ def certify_smoothed(
     }  # fmt: skip
     batch_size = check_count("batch_size", batch_size)
     group, logits = process_group(), _logits(classifier)
-    results = _Results(file, settings, len(images))
+    results = _Results(file, settings, len(images), overwrite)
     with tqdm(
         total=len(images), initial=len(results.found), unit="image", disable=not verbose or group.rank > 0
     ) as bar:
@@ -181,13 +184,15 @@ def _sample(
 class _Results:
     """Results by position of the image, and the file that stores them."""
 
-    def __init__(self, file: str | PathLike[str] | None, settings: Mapping[str, Any], count: int) -> None:
+    def __init__(
+        self, file: str | PathLike[str] | None, settings: Mapping[str, Any], count: int, overwrite: bool
+    ) -> None:
         self.file, self.settings, self.count = None if file is None else Path(file), dict(settings), count
         self.found: dict[int, tuple[int, int]] = {}
         if self.file is None:
             return
-        check_file(self.file)
-        if self.file.is_file():
+        check_file(self.file, overwrite=True)  # :meth:`_read` refuses what cannot be resumed
+        if self.file.is_file() and not overwrite:
             self._read(self.file)
 
     def _read(self, file: Path) -> None:

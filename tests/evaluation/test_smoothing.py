@@ -200,6 +200,17 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     assert file.read_text() == "[1, 2]"
 
 
+def test_overwriting_replaces_any_file(tmp_path):
+    file = tmp_path / "certificates.json"
+    certify_smoothed(Linear(), images(), SIGMA, n=50, file=file)
+    expected = file.read_text()
+    for before in ("[1, 2]", expected.replace(f'"sigma": {SIGMA}', '"sigma": 0.5')):
+        assert before != expected
+        file.write_text(before)
+        certify_smoothed(Linear(), images(), SIGMA, n=50, file=file, overwrite=True)
+        assert file.read_text() == expected
+
+
 SCRIPT = """
 import sys
 import numpy as np
