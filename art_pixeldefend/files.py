@@ -9,6 +9,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from os import PathLike
 from pathlib import Path
@@ -66,9 +67,8 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
     old = partial.with_suffix(".old")
     try:
         yield partial
-        for entry in partial.rglob("*"):  # nothing, if it is a file
-            _flush(entry)
-        _flush(partial)
+        with ThreadPoolExecutor(32) as threads:  # file systems commit simultaneous flushes together
+            list(threads.map(_flush, [partial, *partial.rglob("*")]))
         if path.is_dir() and partial.is_dir():
             path.rename(old)  # os.replace takes empty folders only
         os.replace(partial, path)
