@@ -45,9 +45,9 @@ class Commands(TyperGroup):
         except (ValueError, OSError, FloatingPointError) as error:
             parameters: Any = self.commands[ctx.invoked_subcommand].params
             typed = {p.name: p.opts[0] if p.opts[0].startswith("-") else p.metavar for p in parameters}
-            names = r"^\w+|\b\w+(?==True\b)|\b[a-z]+_[a-z_]+\b"
-            message = re.sub(names, lambda match: typed.get(match[0], match[0]), str(error))
-            raise typer.Exit(_report(message.replace("=True", ""))) from error
+            words = r"'[^']*'|^\w+|\b\w+=True\b|\b[a-z]+_[a-z_]+\b"  # what is quoted stays as it is
+            message = re.sub(words, lambda match: typed.get(match[0].removesuffix("=True"), match[0]), str(error))
+            raise typer.Exit(_report(message)) from error
 
 
 def _report(message: str) -> int:

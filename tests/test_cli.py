@@ -416,6 +416,7 @@ def test_sample_writes_a_sheet_or_an_array(name, tmp_path):
     [
         (["purify", "nowhere", "out", "--model", "digits"], "nowhere"),
         (["score", "nowhere.npy", "--model", "digits"], "nowhere.npy"),
+        (["score", "batch_size=True.npy", "--model", "digits"], "'batch_size=True.npy'"),
         (["score", "digits", "--model", "imagenet"], "--model must be"),
         (["score", "digits", "--model", "digits", "--batch-size", "0"], "--batch-size must be"),
         (["sample", "--model", "nowhere.safetensors", "--out", "x.png"], "--model must be"),
