@@ -45,7 +45,7 @@ class Commands(TyperGroup):
         except (ValueError, OSError, FloatingPointError) as error:
             parameters: Any = self.commands[ctx.invoked_subcommand].params
             typed = {p.name: p.opts[0] if p.opts[0].startswith("-") else p.metavar for p in parameters}
-            words = r"'[^']*'|^\w+|\b\w+=True\b|\b[a-z]+_[a-z_]+\b"  # what is quoted stays as it is
+            words = r"'[^']*'|\b\w+=True\b|^\w+|\b[a-z]+_[a-z_]+\b"  # what is quoted stays as it is
             message = re.sub(words, lambda match: typed.get(match[0].removesuffix("=True"), match[0]), str(error))
             raise typer.Exit(_report(message)) from error
 
