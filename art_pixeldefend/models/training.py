@@ -150,7 +150,10 @@ def train(
             numbers. They become ``held_out_NAME`` in the metrics and ``test_NAME`` in the provenance.
         start: a model of the same kind and size; the run begins with its weights, and its provenance is recorded.
         provenance: entries to add to the provenance of the trained model, for example the name of the data set.
-        resume: continue from the checkpoint in ``folder``, if there is one.
+        resume: continue from the checkpoint in ``folder``, if there is one. It must be of the same model, settings,
+            images, number of processes, precision and start; only ``steps`` and ``every`` may differ. Checkpoints of
+            version 0.1.0 are continued, too, with the sizes and settings of their run; they do not record images,
+            processes and precision.
         overwrite: replace a run in ``folder``.
         device: where to train; by default the GPU of this process, or the CPU on machines without one.
         mixed_precision: compute the loss under bf16 autocast; by default as in the checkpoint that is resumed, else
@@ -311,13 +314,13 @@ class State:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Give the model its averaged weights, in evaluation mode, for the duration of the context."""
+        """Give the model its averaged weights for the duration of the context."""
         kept = [parameter.detach().clone() for parameter in self.parameters.values()]
-        with torch.no_grad(), self.model.evaluating():
-            self.take_average()
-            try:
-                yield
-            finally:
+        self.take_average()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
                 torch._foreach_copy_(list(self.parameters.values()), kept)
 
     @torch.no_grad()
@@ -550,8 +553,10 @@ class _Trainer:
         evaluate = self.evaluate
         if evaluate is None or not len(images):
             return {}
+        model = self.state.model
         _seed(images.device, self.state.settings.seed)
-        return _on_rank_0(self.group, lambda: dict(evaluate(self.state.model, images)))
+        with torch.no_grad(), model.evaluating():
+            return _on_rank_0(self.group, lambda: dict(evaluate(model, images)))
 
 
 @contextmanager
