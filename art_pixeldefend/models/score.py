@@ -219,7 +219,7 @@ class DenoisingLoss:
 
         E (|D(x + n, sigma) - x|^2 / d) (sigma^2 + s^2) / (sigma s)^2,  n ~ N(0, sigma^2 I),
 
-    d the number of sub-pixels, s the model's ``deviation``; ln sigma is normal, truncated to the model's
+    where d is the number of sub-pixels and s the model's ``deviation``. ln sigma is normal, truncated to the model's
     ``sigma_range``. An untrained model has a loss of 1 on the images that :meth:`ScoreModel.initialise` got.
 
     Args:
