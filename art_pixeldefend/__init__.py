@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from art_pixeldefend.models.pixelcnnpp.decoders import greedy_decode
     from art_pixeldefend.purifiers import (
         AdaptivePixelDefend,
+        ManifoldProjection,
         PixelDefend,
         PurifiedModel,
         ScoreDenoiser,
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "AdaptivePixelDefend",
+    "ManifoldProjection",
     "PixelCNNpp",
     "PixelDefend",
     "PixelDefendDetector",
@@ -29,6 +31,7 @@ __all__ = [
 
 _MODULES = {
     "AdaptivePixelDefend": "purifiers",
+    "ManifoldProjection": "purifiers",
     "PixelCNNpp": "models.pixelcnnpp",
     "PixelDefend": "purifiers",
     "PixelDefendDetector": "detectors",

@@ -85,7 +85,7 @@ def _options(
 
 
 BUNDLED = "digits, fashion-mnist, fashion-mnist-40x5"
-KINDS = "pixelcnnpp, score"
+KINDS = "pixelcnnpp, score, vae"
 Images = Annotated[Path, typer.Argument(metavar="IMAGES", help="a folder of images, or a .npy or .npz file (uint8)")]
 ImagesOrData = Annotated[
     str,

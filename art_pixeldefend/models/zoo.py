@@ -22,6 +22,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 KINDS = {  # kind of model: module and class, imported when a model of the kind is used
     "pixelcnnpp": ("art_pixeldefend.models.pixelcnnpp.model", "PixelCNNpp"),
     "score": ("art_pixeldefend.models.score", "ScoreModel"),
+    "vae": ("art_pixeldefend.models.generator", "VAE"),
 }
 
 
@@ -121,7 +122,9 @@ def as_model(value: Any, cls: type[Model], device: torch.device | str | None = N
     """
     if isinstance(value, cls):
         return value
-    expected = f"{name} must be a {cls.__name__}, the path of one, or one of {', '.join(names(cls.kind))}"
+    kinds = [cls.kind, *(subclass.kind for subclass in cls.__subclasses__())]
+    bundled = [model for kind in kinds for model in names(kind)]
+    expected = f"{name} must be a {cls.__name__}, the path of one, or one of {', '.join(bundled)}"
     if not isinstance(value, (str, PathLike)):
         raise ValueError(f"{expected}, got {type(value).__name__}")
     try:

@@ -23,7 +23,7 @@ from art_pixeldefend.models.base import ImageModel
 from art_pixeldefend.purifiers.parameters import all_or_none
 from art_pixeldefend.validation import check_count
 
-GRADIENTS = ("identity", "exact")
+GRADIENTS = ("identity", "exact", "implicit")
 
 # A function of a batch of images and the position of its first image in the whole input.
 BatchFunction = Callable[[Tensor, int], Tensor]
@@ -155,7 +155,8 @@ class Purifier(PreprocessorPyTorch):
     attributes (or properties):
 
     - ``stochastic``: whether :meth:`purify` draws random numbers.
-    - ``gradients``: the backward passes it supports, a subset of ``("identity", "exact")``.
+    - ``gradients``: the backward passes it supports, a subset of ``("identity", "exact", "implicit")``; all but
+      ``"identity"`` are autograd's derivative of what :meth:`purify` returns.
     - ``model``: the image model it uses, if any: images are purified on its device, in evaluation mode.
     - ``image_shape``: the (C, H, W) that images must have; by default the model's. Without one, images are taken for
       NHWC if their last axis has 1 or 3 entries and their second one has not, unless ``channels_first`` says which.
@@ -283,7 +284,7 @@ class Purifier(PreprocessorPyTorch):
                 return map_batches(batch, torch.arange(len(x)), self.batch_size, verbose=self.verbose, what="purify")
 
         differentiated = x.requires_grad and torch.is_grad_enabled()
-        if differentiated and self.gradient == "exact":
+        if differentiated and self.gradient != "identity":
             return Exact.apply(x, purify, batches)
         with torch.no_grad():
             result = batches(lambda part: purify(x[part], part.start))
