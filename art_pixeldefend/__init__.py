@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from art_pixeldefend.models.pixelcnnpp.decoders import greedy_decode
     from art_pixeldefend.purifiers import (
         AdaptivePixelDefend,
+        DeepImagePrior,
         ManifoldProjection,
         PixelDefend,
         PurifiedModel,
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "AdaptivePixelDefend",
+    "DeepImagePrior",
     "ManifoldProjection",
     "PixelCNNpp",
     "PixelDefend",
@@ -31,6 +33,7 @@ __all__ = [
 
 _MODULES = {
     "AdaptivePixelDefend": "purifiers",
+    "DeepImagePrior": "purifiers",
     "ManifoldProjection": "purifiers",
     "PixelCNNpp": "models.pixelcnnpp",
     "PixelDefend": "purifiers",

@@ -3,6 +3,7 @@
 from art_pixeldefend.purifiers.adaptive_pixel_defend import AdaptivePixelDefend
 from art_pixeldefend.purifiers.adaptive_updates import AdaptiveStep, adaptive_updates
 from art_pixeldefend.purifiers.base import Purifier
+from art_pixeldefend.purifiers.deep_image_prior import DeepImagePrior
 from art_pixeldefend.purifiers.manifold_projection import ManifoldProjection
 from art_pixeldefend.purifiers.pixel_defend import PixelDefend
 from art_pixeldefend.purifiers.purified_model import PurifiedModel
@@ -11,6 +12,7 @@ from art_pixeldefend.purifiers.score_purifier import ScoreDenoiser, ScorePurifie
 __all__ = [
     "AdaptivePixelDefend",
     "AdaptiveStep",
+    "DeepImagePrior",
     "ManifoldProjection",
     "PixelDefend",
     "PurifiedModel",
