@@ -52,6 +52,7 @@ CHANGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "JPEG, quality 75": lambda x: jpeg(x, 75),
     "noise of one level": noise,
     "constant images": constants,
+    "a black image": lambda x: np.zeros_like(x[:1]),
 }
 
 
