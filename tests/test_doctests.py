@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import art_pixeldefend
 
 PACKAGE = Path(art_pixeldefend.__file__).parent
+SECONDS = 40  # of processor time; the first example that purifies may compile for 20
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctest.REPORT_ONLY_FIRST_FAILURE
 WITH_EXAMPLES = [
     ".".join(["art_pixeldefend", *path.relative_to(PACKAGE).with_suffix("").parts])
@@ -22,8 +24,10 @@ WITH_EXAMPLES = [
 def test_examples_print_what_they_show(module, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # for examples that write files
     torch.manual_seed(0)
+    began = time.process_time()
     found = doctest.testmod(importlib.import_module(module.removesuffix(".__init__")), optionflags=OPTIONS)
     assert found.attempted and not found.failed
+    assert time.process_time() - began < SECONDS
 
 
 @pytest.mark.parametrize("name", art_pixeldefend.__all__)

@@ -45,7 +45,8 @@ class Stages:
 
     Example:
         >>> from art_pixeldefend import datasets
-        >>> stages = Stages(Grid("digits", (Row("vgg"),), (40,)), datasets.load("digits"), Store("work"))
+        >>> small = {"recipe": "digits", "steps": 2, "sizes": {"vgg": {"width": 2}}}
+        >>> stages = Stages(Grid("digits", (Row("vgg"),), (40,), **small), datasets.load("digits"), Store("work"))
         >>> cell = Cell(Row("vgg"), "rand", 40)
         >>> stages.attacked(cell, 0, 10).shape
         (10, 1, 8, 8)
