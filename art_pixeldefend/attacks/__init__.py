@@ -3,6 +3,7 @@
 from art_pixeldefend.attacks.carlini_wagner import CarliniWagnerLInf
 from art_pixeldefend.attacks.clipped import Clipped
 from art_pixeldefend.attacks.deep_fool import DeepFoolLInf
+from art_pixeldefend.attacks.overpowered import OverpoweredAttack, Pairs
 from art_pixeldefend.attacks.random_noise import RandomNoise
 from art_pixeldefend.attacks.registry import ATTACKS, PAPER, Attack, make_attack, unclipped
 from art_pixeldefend.attacks.training import HalfNormalBIM, HalfNormalFGSM
@@ -16,6 +17,8 @@ __all__ = [
     "DeepFoolLInf",
     "HalfNormalBIM",
     "HalfNormalFGSM",
+    "OverpoweredAttack",
+    "Pairs",
     "RandomNoise",
     "make_attack",
     "unclipped",
