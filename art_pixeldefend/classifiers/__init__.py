@@ -1,5 +1,6 @@
 """The paper's image classifiers and their training."""
 
+from art_pixeldefend.classifiers.manifold import ManifoldAdversarialTrainer
 from art_pixeldefend.classifiers.networks import NETWORKS, accuracy, as_art, build, load, save
 from art_pixeldefend.classifiers.training import RATIO, RECIPES, SMOOTHING, TECHNIQUES, Recipe, train
 from art_pixeldefend.classifiers.tuning import TUNING, PurifiedTrainer
@@ -11,6 +12,7 @@ __all__ = [
     "SMOOTHING",
     "TECHNIQUES",
     "TUNING",
+    "ManifoldAdversarialTrainer",
     "PurifiedTrainer",
     "Recipe",
     "accuracy",
