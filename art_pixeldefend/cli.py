@@ -185,7 +185,7 @@ def train(
             model.initialise(images.x_train[:100])
     training.train(
         model, model_class.loss, images.x_train, settings, out, held_out=images.x_test, evaluate=model_class.evaluate,
-        start=start, provenance={"dataset": data} if data in datasets.NAMED else {}, resume=resume,
+        start=start, provenance={"dataset": data, "split": "train"} if data in datasets.NAMED else {}, resume=resume,
         overwrite=overwrite, device=place, mixed_precision=mixed_precision, verbose=verbose,
     )  # fmt: skip
     sample = getattr(model, "sample", None)

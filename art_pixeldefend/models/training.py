@@ -197,7 +197,7 @@ def train(
         _broadcast(group, state)
 
         def loss_of(batch: Tensor) -> Tensor:
-            torch.clear_autocast_cache()  # under the caller's autocast it would keep casts of former weights
+            torch.clear_autocast_cache()  # inside the caller's autocast, it holds casts of the weights of earlier steps
             with torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision):
                 return loss(model, batch)
 
@@ -561,13 +561,12 @@ class _Trainer:
 
 @contextmanager
 def _isolated(device: torch.device) -> Iterator[None]:
-    """Make ``device`` current, record gradients, ignore the caller's autocast, and restore random generators."""
+    """Make ``device`` current, record gradients, and restore the random generators at the end."""
     cuda = [device] if device.type == "cuda" else []
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(cuda))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autocast(device.type, enabled=False))
         if cuda:
             stack.enter_context(torch.cuda.device(device))
         yield

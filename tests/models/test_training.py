@@ -333,7 +333,7 @@ def test_a_finished_model_is_not_replaced_by_a_run_that_begins_anew(images, copy
     (copy / "checkpoint.safetensors").unlink()
     with pytest.raises(ValueError, match=r"finished model, but no checkpoint"):
         train(*images, copy, resume=True)
-    with pytest.raises(ValueError, match=r"resume and overwrite"):
+    with pytest.raises(ValueError, match=r"exclude each other"):
         train(*images, copy, resume=True, overwrite=True)
 
 
