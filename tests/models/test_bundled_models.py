@@ -5,6 +5,7 @@ import pytest
 
 from art_pixeldefend import PixelCNNpp, greedy_decode
 from art_pixeldefend.models import zoo
+from art_pixeldefend.models.generator import VAE
 from art_pixeldefend.models.score import ScoreModel
 
 SETTINGS = ("dropout", "learning_rate", "warmup", "decay", "average", "seed")
@@ -32,6 +33,23 @@ def test_every_score_model_has_a_card_that_states_its_header(name):
     assert " / ".join(f"{error:.3f}" for error in errors) in card
     assert f"art-pixeldefend train {model.provenance['dataset']} --kind score" in card
     assert path.stat().st_size <= 2.5e6
+
+
+@pytest.mark.parametrize("name", zoo.names("vae"))
+def test_every_vae_has_a_card_that_states_its_header(name):
+    model, path = VAE.from_pretrained(name), zoo.path(name)
+    card, header = path.with_suffix(".md").read_text(), model.provenance
+    assert f"**{header['test_rmse']:.4f} RMSE**" in card and f"{header['test_kl']:.1f} nats" in card
+    run = f"--steps {header['steps']} --batch-size {header['batch_size']} --learning-rate 1e-3"
+    assert f"art-pixeldefend train {header['dataset']} --kind vae --out run {run}" in card
+    assert header["learning_rate"] == 1e-3 and f"{model.latent_size} latents" in card
+    assert path.stat().st_size <= 3e6
+
+
+def test_fashion_mnist_reconstruction_error_is_what_its_card_says(fashion_mnist):
+    model = VAE.from_pretrained("fashion-mnist-vae")
+    for name, value in model.evaluate(fashion_mnist.x_test).items():
+        assert value == pytest.approx(model.provenance[f"test_{name}"], rel=1e-3)
 
 
 def test_digits_denoising_errors_are_what_the_card_says(digits):
