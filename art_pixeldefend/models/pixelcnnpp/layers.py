@@ -1,8 +1,8 @@
 """Building blocks of PixelCNN++ (Salimans et al. 2017, arXiv:1701.05517): causal, weight-normalised convolutions.
 
-Two streams run through the network. ``u`` at row i knows the rows above i; ``ul`` at (i, j) knows the rows above i and,
-in row i, the columns left of j. A convolution keeps a stream causal by where it pads (:data:`ABOVE`,
-:data:`ABOVE_LEFT`), never by masking weights.
+The network has two streams. ``u`` at row i depends on the rows above i; ``ul`` at (i, j) depends on the rows above i
+and, in row i, on the columns left of j. Convolutions are causal by their padding (:data:`ABOVE`, :data:`ABOVE_LEFT`);
+no weights are masked.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ABOVE_LEFT = ((2, 2), (1, 0, 1, 0))  # the ``ul`` stream
 
 
 def concat_elu(x: Tensor, dropout: float = 0.0, padding: Padding = (0, 0, 0, 0)) -> Tensor:
-    """elu of (x, -x), stacked along the channels; dropout; zeros around it: (N, C, H, W) to (N, 2 C, H', W')."""
+    """pad(dropout(elu([x, -x]))), stacked along the channels: (N, C, H, W) to (N, 2 C, H', W')."""
     if fused.applies(x):
         return fused.concat_elu(x, dropout, padding)
     y = F.dropout(F.elu(torch.cat([x, -x], dim=1)), dropout)
@@ -30,7 +30,7 @@ def concat_elu(x: Tensor, dropout: float = 0.0, padding: Padding = (0, 0, 0, 0))
 
 
 def gate(x: Tensor, ab: Tensor) -> Tensor:
-    """x + a sigmoid(b), with a and b stacked along the channels: (N, C, H, W) and (N, 2 C, H, W) to (N, C, H, W)."""
+    """x + a sigmoid(b) for x (N, C, H, W) and ab (N, 2 C, H, W), a and b stacked along the channels."""
     if fused.applies(x, ab):
         return fused.gate(x, ab)
     a, b = ab.chunk(2, dim=1)
@@ -45,7 +45,7 @@ class WeightNormConv2d(nn.Module):
         kernel: (rows, columns).
         padding: (left, right, top, bottom) zeros around the input.
         stride: 1, or 2 to halve the resolution (rounded up).
-        transposed: a stride-2 transposed convolution instead, whose first ``crop`` columns are cut off.
+        transposed: make it a transposed convolution of stride 2, whose outputs are cropped to twice the input's width.
         init_scale: standard deviation of the outputs after :meth:`initialise`.
     """
 
@@ -79,7 +79,7 @@ class WeightNormConv2d(nn.Module):
     def forward(self, x: Tensor, padded: bool = False) -> Tensor:
         """(N, in_channels, H, W), with the padding around it if ``padded``, to (N, out_channels, H', W')."""
         if self.transposed:
-            # Kernels of 3 columns are centred, so their first output column belongs to no pixel.
+            # Kernels of 3 columns are centred: their first output column lies outside the image.
             first = (self.direction.shape[-1] - 1) // 2
             y = F.conv_transpose2d(x, self._current_weight(), self.bias, stride=2)
             return y[..., first : first + 2 * x.shape[-1]]
@@ -96,12 +96,12 @@ class WeightNormConv2d(nn.Module):
 
     @torch.no_grad()
     def initialise(self, x: Tensor, padded: bool = False) -> None:
-        """Set gain and bias so that outputs over the batch ``x`` have mean 0 and deviation ``init_scale``."""
+        """Set gain and bias so that the outputs for a batch ``x`` have mean 0 and deviation ``init_scale``."""
         self.gain.fill_(1.0)
         self.bias.zero_()
-        y = self.forward(x, padded)  # not self(x): this runs inside a hook of that call
+        y = self.forward(x, padded)  # not self(x), whose hook calls this method
         deviation = y.var((0, 2, 3), unbiased=False).sqrt()
-        # An output that is the same everywhere (one that sees nothing of a tiny image) would become amplified rounding.
+        # Constant outputs, as of convolutions that reach no pixel of a tiny image, would be amplified rounding errors.
         gain = self.init_scale / torch.where(deviation > 1e-4, deviation, 1.0)
         self.bias.copy_(-y.mean((0, 2, 3)) * gain)
         self.gain.copy_(gain)
@@ -109,7 +109,7 @@ class WeightNormConv2d(nn.Module):
 
 @contextmanager
 def kept_weights(module: nn.Module) -> Iterator[None]:
-    """Each layer's weights computed once for as long as the context lasts: its parameters must not change meanwhile."""
+    """Compute the weights of each layer only once in the context, during which parameters must not change."""
     layers = [layer for layer in module.modules() if isinstance(layer, WeightNormConv2d)]
     try:
         with torch.no_grad():

@@ -5,8 +5,8 @@ between the edges z - 1/2 and z + 1/2, open-ended at 0 and 255, so the 256 masse
 
     P(z) = sum_k pi_k [sigmoid(b) - sigmoid(a)],  a = (z - 1/2 - m) / s,  b = (z + 1/2 - m) / s.
 
-The difference is evaluated as sigmoid(b) sigmoid(-a) (1 - exp(a - b)), in logarithms: no cancellation, no underflow,
-and an order of levels that survives rounding.
+The difference is evaluated in logarithms as sigmoid(b) sigmoid(-a) (1 - exp(a - b)), which neither cancels nor
+underflows, so that rounding does not change the order of the levels.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LEVELS = 256
-HALF = (LEVELS - 1) / 2  # x in levels is (x - 127.5) / 127.5 to the network
-MIN_LOG_SCALE = -7.0  # of the scale in network units, as in the paper's reference code
-MAX_LOG_SCALE = 14.0  # so that any parameters give finite logarithms; flat over 256 levels long before
-SMALLEST = 1e-200  # a best level less likely than that is looked for again in logarithms
-STRIDE = 13  # divides the 65 levels of the paper's eps for Fashion-MNIST; 12 steps of the smallest scale are 103 of it
-FAR = 600.0  # scales from a mean to a 13th level, at most: with those to the levels between no exponential overflows
-MEAN_LIMIT = 1e6  # levels; a component as far away as that puts all its mass on the nearer end
+HALF = (LEVELS - 1) / 2  # the network's input is (x - HALF) / HALF for x in levels
+MIN_LOG_SCALE = -7.0  # in units of the network's input, as in the paper's code
+MAX_LOG_SCALE = 14.0  # keeps logarithms finite for any parameters; such components are flat over 256 levels
+SMALLEST = 1e-200  # if the best level is less likely than this, the levels are compared in logarithms instead
+STRIDE = 13  # divides the 65 levels of the paper's eps for Fashion-MNIST
+FAR = 600.0  # largest distance in scales of every STRIDE-th level from a mean, so that no exponential overflows
+MEAN_LIMIT = 1e6  # levels; a component this far away has all its mass on level 0 or 255
 
 
 def parameters_per_pixel(channels: int, mixtures: int) -> int:
-    """Network outputs per pixel: 3 K for grey, 10 K for RGB (weights; means, scales; coefficients between channels)."""
+    """Network outputs per pixel, 3 K for grey and 10 K for RGB: weights; means, scales; coefficients of channels."""
     return mixtures * (1 + 2 * channels + channels * (channels - 1) // 2)
 
 
 class Components(NamedTuple):
-    """The mixture of one sub-pixel or many: tensors (..., K). Weights are log-probabilities, the rest in levels."""
+    """Mixtures of one or several sub-pixels: tensors (..., K). Weights are log-probabilities, the others in levels."""
 
     log_weights: Tensor
     means: Tensor
     inverse_scales: Tensor
 
     def for_each_level(self) -> Components:
-        """Room for one more axis of levels: (..., K) to (..., 1, K)."""
+        """Insert an axis for levels: (..., K) to (..., 1, K)."""
         return Components(*(part.unsqueeze(-2) for part in self))
 
 
 def components(params: Tensor, x: Tensor, channel: int) -> Components:
-    """The mixture of one channel, given the pixel's earlier channels.
+    """The mixtures of one channel, given the earlier channels of the same pixels.
 
     Args:
         params: network outputs (..., P), P of :func:`parameters_per_pixel`.
@@ -86,13 +86,13 @@ def log_prob(mixture: Components, levels: Tensor) -> Tensor:
 
 
 def best_level(mixture: Components, low: Tensor, high: Tensor) -> Tensor:
-    """The most likely level of a range; the lowest, should several be equally likely to the last bit.
+    """The most likely level of each range; the lowest of several whose computed probabilities are equal.
 
-    Evaluated in float64: conditionals that agree to rounding in float32 must give the same level.
+    Evaluated in float64, so that parameters that agree up to rounding in float32 give the same level.
 
     Args:
         mixture: components (M, K).
-        low, high: ends of the range, both included: int64 (M,).
+        low, high: ends of the ranges, both included: int64 (M,).
 
     Returns:
         Levels (M,), int64.
@@ -107,10 +107,12 @@ def best_level(mixture: Components, low: Tensor, high: Tensor) -> Tensor:
 
 
 def masses(mixture: Components, low: Tensor, high: Tensor) -> Tensor:
-    """P(z) of the levels of ranges, in float64; below :data:`SMALLEST` any number as small as that.
+    """P(z) of every level z of each range, in float64. Masses below :data:`SMALLEST` are not accurate.
 
-    P(z) = sum_k w_k sinh(h) / (cosh(h) + cosh(c)), c = (z - m_k) / s_k, h = 1 / (2 s_k): nothing cancels. The
-    exponential of c is a product: of that at every :data:`STRIDE`-th level and of what the levels between add.
+        P(z) = sum_k w_k sinh(h) / (cosh(h) + cosh(c)),  c = (z - m_k) / s_k,  h = 1 / (2 s_k)
+
+    Nothing cancels. exp(c) is computed as a product of two factors, one for every :data:`STRIDE`-th level and one for
+    the distance from it, which needs fewer exponentials.
 
     Args:
         mixture: components (M, K).
@@ -119,7 +121,7 @@ def masses(mixture: Components, low: Tensor, high: Tensor) -> Tensor:
     Returns:
         Masses (M, L) from ``low`` on, L levels of the longest range; 0 beyond ``high``.
     """
-    # (K, M), and (L, K, M) for the levels: long loops.
+    # Shapes (K, M) and (L, K, M): PyTorch is fastest with a long last axis.
     log_weights, means, inverse_scales = (
         part.t().to(torch.float64, memory_format=torch.contiguous_format) for part in mixture
     )
@@ -134,7 +136,7 @@ def masses(mixture: Components, low: Tensor, high: Tensor) -> Tensor:
     below = torch.addcmul(half.cosh(), far, near, value=0.5).addcmul_(far.reciprocal(), near.reciprocal(), value=0.5)
     parts = torch.div(half.sinh_().mul_(weights), below, out=below).flatten(0, 1)[:count]
     total = parts.sum(dim=1).t().contiguous()
-    # Levels 0 and 255 reach to infinity.
+    # Levels 0 and 255 are open-ended.
     lowest = (0.5 - means).mul_(inverse_scales).sigmoid_().mul_(weights).sum(dim=0)
     highest = (means - (LEVELS - 1.5)).mul_(inverse_scales).sigmoid_().mul_(weights).sum(dim=0)
     end = length.unsqueeze(1)
@@ -144,10 +146,10 @@ def masses(mixture: Components, low: Tensor, high: Tensor) -> Tensor:
 
 
 def best_level_in_logarithms(mixture: Components, low: Tensor, high: Tensor) -> Tensor:
-    """Like :func:`best_level`, for any masses, and several times as slow."""
+    """The most likely level of each range, as :func:`best_level`, also for masses that underflow; much slower."""
     wide = Components(*(part.double().unsqueeze(1) for part in mixture))
     z = low.unsqueeze(1) + torch.arange(int((high - low).max()) + 1, device=low.device)
-    # Neighbouring levels share an edge: one logistic function an edge.
+    # Neighbouring levels share an edge, so one logistic function per edge suffices.
     edges = torch.cat([z[:, :1], z + 1], dim=1).double().sub_(0.5).unsqueeze(-1)
     t = (edges - wide.means) * wide.inverse_scales
     below = F.logsigmoid(t)

@@ -1,4 +1,4 @@
-"""The PixelCNN++ network: from levels to the parameters of every pixel's mixture in one pass."""
+"""The PixelCNN++ network, from images to the mixture parameters of every pixel."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STAGES = 3  # resolutions: full, half, quarter
 
 
 class Stream(nn.Module):
-    """One stage of one direction: gated resnets for ``u`` and for ``ul``, and the change of resolution after them."""
+    """Gated resnets of both streams, ``u`` and ``ul``, at one resolution, and the change of resolution after them."""
 
     def __init__(self, filters: int, resnets: int, asides: tuple[int, int], dropout: float) -> None:
         super().__init__()
@@ -24,11 +24,11 @@ class Stream(nn.Module):
         self.resize_ul: WeightNormConv2d | None = None
 
     def pairs(self) -> Iterator[tuple[GatedResnet, GatedResnet]]:
-        """The gated resnets of ``u`` and ``ul`` that belong together."""
+        """Pairs of gated resnets, of ``u`` and of ``ul``, in the order in which they are applied."""
         return cast(Iterator[tuple[GatedResnet, GatedResnet]], zip(self.u, self.ul, strict=True))
 
     def then(self, filters: int, *, upwards: bool) -> Stream:
-        """Append the strided convolutions (or, ``upwards``, the transposed ones) that lead to the next stage."""
+        """Append strided convolutions, or transposed ones if ``upwards``, that lead to the next resolution."""
         how: dict = {"transposed": True} if upwards else {"stride": 2}
         padding = [(0, 0, 0, 0)] * 2 if upwards else [ABOVE[1], ABOVE_LEFT[1]]
         self.resize_u = WeightNormConv2d(filters, filters, ABOVE[0], padding[0], **how)
@@ -49,7 +49,7 @@ class PixelCNNppNetwork(nn.Module):
 
     def __init__(self, channels: int, outputs: int, filters: int, resnets: int, dropout: float) -> None:
         super().__init__()
-        # One more input channel, of ones: the zeros of the padding are told from the zeros of the image by it.
+        # An additional input channel of ones distinguishes the zeros of the padding from those of the image.
         self.u_start = WeightNormConv2d(channels + 1, filters, (2, 3), (1, 1, 2, 0))
         self.ul_start_above = WeightNormConv2d(channels + 1, filters, (1, 3), (1, 1, 1, 0))
         self.ul_start_left = WeightNormConv2d(channels + 1, filters, (2, 1), (1, 0, 1, 0))
@@ -65,7 +65,7 @@ class PixelCNNppNetwork(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) in [-1, 1] to (N, P, H, W)."""
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-        # Shifted by one: row i of u sees the rows above it; the row's last column and row below see nothing yet.
+        # Shift by one: row i of u depends on the rows above i, column j of ul in addition on the columns left of j.
         u = self.u_start(x)[:, :, :-1]
         ul = self.ul_start_above(x)[:, :, :-1] + self.ul_start_left(x)[:, :, :, :-1]
         us, uls = [u], [ul]
@@ -85,7 +85,7 @@ class PixelCNNppNetwork(nn.Module):
                 u = resnet_u(u, us.pop())
                 ul = resnet_ul(ul, torch.cat([u, uls.pop()], dim=1))
             if stage.resize_u is not None and stage.resize_ul is not None:
-                # An odd resolution was rounded up on the way down; what lies beyond its edge is cut off.
+                # Odd resolutions were rounded up by the strided convolutions: crop to the resolution before them.
                 rows, columns = us[-1].shape[-2:]
                 u = stage.resize_u(u)[:, :, :rows, :columns]
                 ul = stage.resize_ul(ul)[:, :, :rows, :columns]
