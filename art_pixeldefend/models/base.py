@@ -155,9 +155,10 @@ class ImageModel(nn.Module):
             TypeError, ValueError, RuntimeError: if they do not fit, or hold NaN or infinite weights.
         """
         _check_finite(tensors)
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # initial weights are drawn and overwritten
+        # Initial weights are drawn and overwritten; neither modes nor random generators of the caller take part.
+        with torch.inference_mode(False), torch.random.fork_rng(devices=[]), torch.device("cpu"):
             model = cls(**configuration).to(torch.float32)
-        model.load_state_dict(tensors)
+            model.load_state_dict(tensors)
         return model.eval()
 
     @classmethod

@@ -12,6 +12,7 @@ import torch
 
 from art_pixeldefend.models import checkpoint
 from art_pixeldefend.models.checkpoint import METRICS, MODEL, RUN
+from art_pixeldefend.validation import check_device
 
 if TYPE_CHECKING:
     from art_pixeldefend.models.base import ImageModel
@@ -77,17 +78,19 @@ def load(name_or_path: str | PathLike[str], device: torch.device | str | None = 
         device: where the model goes; by default the current GPU, or the CPU on machines without one.
 
     Raises:
-        ValueError: if there is something else at the path; the message says what it is.
+        ValueError: if there is something else at the path; the message says what it is. If ``device`` does not exist.
         FileNotFoundError: if there is neither a bundled model of that name nor a file at that path.
     """
+    place = check_device("device", device or ("cuda" if torch.cuda.is_available() else "cpu"))
     bundled = isinstance(name_or_path, str) and name_or_path in names()
     file = path(str(name_or_path)) if bundled else Path(name_or_path)
     if not file.exists():
         raise FileNotFoundError(f"{str(file)!r} is neither a file nor one of {', '.join(names())}")
     if reason := _unlike_a_model(file):
         raise ValueError(f"{str(file)!r} is {reason}")
-    kind = kind_of(checkpoint.read_header(file))
-    return class_of(str(kind)).load(file).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model_class = class_of(str(kind_of(checkpoint.read_header(file))))
+    with torch.inference_mode(False):
+        return model_class.load(file).to(place)
 
 
 def _unlike_a_model(file: Path) -> str | None:

@@ -106,6 +106,18 @@ def test_loading_leaves_torch_s_random_generator_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_model_loaded_in_inference_mode_can_be_trained():
+    with torch.inference_mode():
+        model = zoo.load("digits", "cpu")
+    assert not any(tensor.is_inference() for tensor in model.state_dict().values())
+    model.loss(torch.zeros(1, 1, 8, 8, dtype=torch.uint8)).backward()
+
+
+def test_a_device_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="device must"):
+        zoo.load("digits", "nonsense")
+
+
 def test_a_loaded_model_is_float32_whatever_the_default_dtype_is():
     torch.set_default_dtype(torch.float64)
     try:
