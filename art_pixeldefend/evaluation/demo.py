@@ -23,9 +23,10 @@ from art_pixeldefend.evaluation.stages import seeded
 from art_pixeldefend.files import write_atomically
 from art_pixeldefend.levels import from_levels, to_levels
 from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
-from art_pixeldefend.purifiers import AdaptivePixelDefend, PixelDefend
+from art_pixeldefend.purifiers import AdaptivePixelDefend, PixelDefend, ScorePurifier
 
 EPS_ATTACK, EPS_DEFEND = 40, 56  # levels of 255; the grey values of the digits are 16 levels apart
+SIGMA = 0.25  # of the noise that the score purifier adds and removes, in the range from 0 to 1
 VALIDATION = 100  # calibration images that choose the adaptive threshold; the table does not report them
 NAMES = {"clean": "clean"} | {name: ATTACKS[name].title for name in PAPER}
 
@@ -46,7 +47,7 @@ def run(out: Path, *, seed: int = 0, verbose: bool = True) -> str:
     images, y = attack(classifier, as_images(test.x), test.y, seed), test.y
     _say(verbose, f"attacked ({time.perf_counter() - began:.0f} s)")
 
-    defences = make_defences(pixel_cnn)
+    defences = make_defences(pixel_cnn, seed)
     adaptive = defences["Adaptive PixelDefend"]
     threshold = adaptive.calibrate(classifier, attacks_of(validation), calibration.y[:VALIDATION])
     defended = {name: {attack: defence(x)[0] for attack, x in images.items()} for name, defence in defences.items()}
@@ -65,7 +66,8 @@ def run(out: Path, *, seed: int = 0, verbose: bool = True) -> str:
     results = {
         "version": __version__, "seed": seed, "images": len(y), "calibration_images": len(calibration.y),
         "seconds": round(time.perf_counter() - began, 1),
-        "eps_attack": EPS_ATTACK, "eps_defend": EPS_DEFEND, "adaptive_threshold_bits_per_dim": threshold,
+        "eps_attack": EPS_ATTACK, "eps_defend": EPS_DEFEND, "sigma": SIGMA,
+        "adaptive_threshold_bits_per_dim": threshold,
         "density_model": pixel_cnn.provenance, "accuracy": accuracies, "detection_auroc": auroc,
     }  # fmt: skip
     write_atomically(out / "results.json", json.dumps(results, indent=2) + "\n")
@@ -101,12 +103,13 @@ def attack(classifier: PyTorchClassifier, x: np.ndarray, y: np.ndarray, seed: in
     }
 
 
-def make_defences(pixel_cnn: PixelCNNpp) -> dict[str, Any]:
-    """Return the defences by their names in the table."""
+def make_defences(pixel_cnn: PixelCNNpp, seed: int) -> dict[str, Any]:
+    """Return the defences by their names in the table; ``seed`` is that of the stochastic one."""
     return {
         "feature squeezing": FeatureSqueezing(clip_values=(0.0, 1.0), bit_depth=3),
         "PixelDefend": PixelDefend(eps=EPS_DEFEND, pixel_cnn=pixel_cnn),
         "Adaptive PixelDefend": AdaptivePixelDefend(eps=EPS_DEFEND, pixel_cnn=pixel_cnn),
+        "score purifier": ScorePurifier("digits-score", SIGMA, seed=seed),
     }
 
 
@@ -167,6 +170,7 @@ Purified against undefended, in points: {margins}.
 The attacks see the classifier without a defence, eps {results["eps_attack"]} of 255 levels; eps_defend is {
         results["eps_defend"]
     }.
+The score purifier adds noise of standard deviation {results["sigma"]} and removes it, in one pass of `digits-score`.
 The adaptive threshold, {results["adaptive_threshold_bits_per_dim"]:.3f} bits/dim, was chosen on {VALIDATION} other
 test images; the detector was calibrated on {results["calibration_images"]}.
 The density model has {model.get("test_bits_per_dim", float("nan")):.3f} bits/dim on the test set.

@@ -1,4 +1,4 @@
-"""The grids of PixelDefend's Tables 1 and 2 (Song et al., ICLR 2018), and the accuracies printed there."""
+"""The grids of PixelDefend's Tables 1 and 2 (Song et al., ICLR 2018), later purifiers, and the paper's accuracies."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from art_pixeldefend.levels import UNIT
 
 ART_PIXELDEFEND = "art_pixeldefend.evaluation.paper.art_pixel_defend.ArtPixelDefend"
 DENSITY_MODEL = "pixel_cnn"  # the name of the density model among a grid's models
+SCORE_MODEL = "score"  # and of the score model
 NOTES = {
     "feature-squeezing": "the paper attacks it white-box",
     "pixeldefend": "the paper attacks it blind",
     "art-pixeldefend": "ART's own class, which conditions on the attacked image where Algorithm 1 conditions on the "
     "purified one; an overflow that stops it on NumPy 2 is worked around, nothing else is changed",
+    "score-purifier": "one denoising pass after one draw of noise; averaging the logits of several draws is better",
+    "deep-image-prior": "one fit per image; averaging the logits of several fits is better",
 }
 PAPER_DELTAS = {("fashion-mnist", 25): 25}  # of adversarial training, by (data set, eps of the attack); the others: 8
 
@@ -42,6 +45,14 @@ def defences(eps: int, bit_depth: int) -> dict[str, tuple[Step, ...]]:
         "adaptive-pixeldefend": (
             ("art_pixeldefend.purifiers.AdaptivePixelDefend", purification | {"threshold": CALIBRATED}),
         ),
+    }
+
+
+def later_purifiers() -> dict[str, tuple[Step, ...]]:
+    """Return the purifiers that the paper does not have."""
+    return {
+        "score-purifier": (("art_pixeldefend.purifiers.ScorePurifier", {"model": f"{{{SCORE_MODEL}}}"}),),
+        "deep-image-prior": (("art_pixeldefend.purifiers.DeepImagePrior", {}),),
     }
 
 
@@ -71,6 +82,12 @@ OTHER_ROWS = (
     Row("vgg", "normal", "pixeldefend", WHITE_BOX, SHORT, 250),
     Row("resnet", "adversarial-fgsm", "pixeldefend", WHITE_BOX, SHORT, 250),
     Row("resnet", "adversarial-fgsm", "adaptive-pixeldefend", WHITE_BOX, SHORT, 250),
+)
+LATER_ROWS = (
+    Row("resnet", "normal", "score-purifier"),
+    Row("resnet", "normal", "score-purifier", WHITE_BOX, SHORT, 250),
+    Row("resnet", "normal", "deep-image-prior", images=500),
+    Row("resnet", "normal", "deep-image-prior", WHITE_BOX, CHEAP, 100),
 )
 
 
@@ -112,11 +129,11 @@ def paper_accuracies() -> Mapping[tuple[str, str, str, str, str, int], float]:
 GRIDS = {
     "fashion-mnist": Grid(
         "fashion-mnist",
-        per_radius(PAPER_ROWS + OTHER_ROWS, (8, 25)),
+        per_radius(PAPER_ROWS + OTHER_ROWS + LATER_ROWS, (8, 25)),
         (8, 25),
         attacks=PAPER,
-        defences=defences(32, 3),
-        models={DENSITY_MODEL: "fashion-mnist-40x5"},
+        defences=defences(32, 3) | later_purifiers(),
+        models={DENSITY_MODEL: "fashion-mnist-40x5", SCORE_MODEL: "fashion-mnist-score"},
         validation=500,
         chunk=125,
         paper=paper_accuracy,
@@ -135,11 +152,11 @@ GRIDS = {
     # No download, minutes: runs the whole path. A digit has 17 grey values, 16 levels apart, hence the radii.
     "digits": Grid(
         "digits",
-        PAPER_ROWS + tuple(replace(row, images=20) for row in OTHER_ROWS),
+        PAPER_ROWS + tuple(replace(row, images=20) for row in OTHER_ROWS + LATER_ROWS),
         (40,),
         attacks=PAPER,
-        defences=defences(56, 3),
-        models={DENSITY_MODEL: "digits"},
+        defences=defences(56, 3) | later_purifiers(),
+        models={DENSITY_MODEL: "digits", SCORE_MODEL: "digits-score"},
         recipe="digits",
         steps=150,
         sizes={"resnet": {"units": 1}, "vgg": {"width": 2}},
