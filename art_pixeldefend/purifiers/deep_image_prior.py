@@ -31,8 +31,8 @@ class DeepImagePrior(Purifier):
     convolutions.
 
     The network halves the image up to five times while no side falls below 4 pixels, and takes images of any shape.
-    Unlike the published one for images of 512 x 512 pixels it has 16 channels instead of 128, and its input stays
-    without noise.
+    Unlike the published one for images of 512 x 512 pixels it has 16 channels instead of 128, learns twice as fast, and
+    its input stays without noise.
 
     An image whose fit becomes NaN is returned unpurified, with a warning that counts such images.
 
@@ -74,7 +74,7 @@ class DeepImagePrior(Purifier):
         verbose: bool = False,
         *,
         channels: int = 16,
-        learning_rate: float = 0.01,
+        learning_rate: float = 0.02,
         decay: float = 0.9,
         seed: int | None = None,
         device_type: str = "gpu",
