@@ -15,14 +15,14 @@ from art_pixeldefend.levels import UNIT
 
 ART_PIXELDEFEND = "art_pixeldefend.evaluation.paper.art_pixel_defend.ArtPixelDefend"
 DENSITY_MODEL = "pixel_cnn"  # the name of the density model among a grid's models
-SCORE_MODEL = "score"  # and of the score model
+SCORE_MODEL, GENERATOR = "score", "generator"  # and of the others
 NOTES = {
     "feature-squeezing": "the paper attacks it white-box",
     "pixeldefend": "the paper attacks it blind",
     "art-pixeldefend": "ART's own class, which conditions on the attacked image where Algorithm 1 conditions on the "
     "purified one; an overflow that stops it on NumPy 2 is worked around, nothing else is changed",
-    "score-purifier": "one denoising pass after one draw of noise; averaging the logits of several draws is better",
-    "deep-image-prior": "one fit per image; averaging the logits of several fits is better",
+    "score-purifier": "one pass after one draw of noise per image, where `PurifiedModel` averages over several",
+    "deep-image-prior": "one fit per image, where `PurifiedModel` averages over several",
 }
 PAPER_DELTAS = {("fashion-mnist", 25): 25}  # of adversarial training, by (data set, eps of the attack); the others: 8
 
@@ -48,13 +48,14 @@ def defences(eps: int, bit_depth: int) -> dict[str, tuple[Step, ...]]:
     }
 
 
-def later_purifiers() -> dict[str, tuple[Step, ...]]:
-    """Return the purifiers that the paper does not have."""
-    return {
-        "score-purifier": (("art_pixeldefend.purifiers.ScorePurifier", {"model": f"{{{SCORE_MODEL}}}"}),),
-        "deep-image-prior": (("art_pixeldefend.purifiers.DeepImagePrior", {}),),
-    }
-
+# Purifiers that the paper does not have. For digits there is no generator.
+LATER_PURIFIERS: dict[str, tuple[Step, ...]] = {
+    "score-purifier": (("art_pixeldefend.purifiers.ScorePurifier", {"model": f"{{{SCORE_MODEL}}}"}),),
+    "deep-image-prior": (("art_pixeldefend.purifiers.DeepImagePrior", {}),),
+}
+MANIFOLD_PROJECTION: dict[str, tuple[Step, ...]] = {
+    "manifold-projection": (("art_pixeldefend.purifiers.ManifoldProjection", {"model": f"{{{GENERATOR}}}"}),),
+}
 
 PAPER_ROWS = (
     Row("resnet", "normal"),
@@ -88,6 +89,10 @@ LATER_ROWS = (
     Row("resnet", "normal", "score-purifier", WHITE_BOX, SHORT, 250),
     Row("resnet", "normal", "deep-image-prior", images=500),
     Row("resnet", "normal", "deep-image-prior", WHITE_BOX, CHEAP, 100),
+)
+MANIFOLD_ROWS = (
+    Row("resnet", "normal", "manifold-projection"),
+    Row("resnet", "normal", "manifold-projection", WHITE_BOX, CHEAP, 100),
 )
 
 
@@ -129,11 +134,15 @@ def paper_accuracies() -> Mapping[tuple[str, str, str, str, str, int], float]:
 GRIDS = {
     "fashion-mnist": Grid(
         "fashion-mnist",
-        per_radius(PAPER_ROWS + OTHER_ROWS + LATER_ROWS, (8, 25)),
+        per_radius(PAPER_ROWS + OTHER_ROWS + LATER_ROWS + MANIFOLD_ROWS, (8, 25)),
         (8, 25),
         attacks=PAPER,
-        defences=defences(32, 3) | later_purifiers(),
-        models={DENSITY_MODEL: "fashion-mnist-40x5", SCORE_MODEL: "fashion-mnist-score"},
+        defences=defences(32, 3) | LATER_PURIFIERS | MANIFOLD_PROJECTION,
+        models={
+            DENSITY_MODEL: "fashion-mnist-40x5",
+            SCORE_MODEL: "fashion-mnist-score",
+            GENERATOR: "fashion-mnist-vae",
+        },
         validation=500,
         chunk=125,
         paper=paper_accuracy,
@@ -155,7 +164,7 @@ GRIDS = {
         PAPER_ROWS + tuple(replace(row, images=20) for row in OTHER_ROWS + LATER_ROWS),
         (40,),
         attacks=PAPER,
-        defences=defences(56, 3) | later_purifiers(),
+        defences=defences(56, 3) | LATER_PURIFIERS,
         models={DENSITY_MODEL: "digits", SCORE_MODEL: "digits-score"},
         recipe="digits",
         steps=150,
