@@ -180,7 +180,7 @@ def train(
             _copy_weights(start, model)
         if mixed_precision is None:
             mixed_precision = (header or {}).get("run", {}).get("mixed_precision", bf16_pays(device))
-        run = {
+        run: dict[str, dict[str, Any]] = {
             "model": {"kind": model.kind, **model.configuration},
             "settings": asdict(settings),
             "run": {
@@ -191,6 +191,7 @@ def train(
                 "start": None if start is None else start.fingerprint(),
             },
         }
+        known = {**(provenance or {}), **({} if start is None else {"start": start.provenance})}
         state = State(model, settings)
         if header is not None:
             _on_rank_0(group, lambda: state.load(folder / CHECKPOINT, run))
@@ -209,7 +210,7 @@ def train(
             held_out=levels[:0] if held_out is None else model.as_levels(held_out, "held_out"),
             evaluate=evaluate,
             folder=folder,
-            run=run,
+            header={**run, "provenance": known},
         )
         if group.rank == 0:
             _clear(folder, overwrite)
@@ -217,13 +218,10 @@ def train(
         state.take_average()
         model.eval()
         model.provenance = {
-            **(provenance or {}),
-            **asdict(settings),
-            **{name: value for name, value in run["run"].items() if value is not None},
+            **_provenance(trainer.header),
             "held_out_images": len(trainer.held_out),
             "version": __version__,
             "torch": torch.__version__,
-            **({} if start is None else {"start": start.provenance}),
             **{f"test_{name}": value for name, value in trainer.evaluation(trainer.held_out).items()},
         }
         if group.rank == 0:
@@ -273,8 +271,14 @@ def as_start(value: Any, cls: type[Model], *, name: str = "start") -> Model:
         raise ValueError(f"{name} must be of kind {cls.kind!r}, but {str(value)!r} is a run of kind {kind!r}")
     weights = {part: _under(f"{part}.", tensors) for part in ("model", "average")}
     model = cls.from_tensors(configuration, weights["model"] | weights["average"])
-    model.provenance = {**header["settings"], **header["run"], "steps": header["step"]}
+    model.provenance = {**_provenance(header), "steps": header["step"]}
     return model
+
+
+def _provenance(header: Mapping[str, Any]) -> dict[str, Any]:
+    """The provenance of a model that was trained in the run with this header."""
+    run = {name: value for name, value in header["run"].items() if name != "start"}
+    return {**header.get("provenance", {}), **header["settings"], **run}
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -336,10 +340,10 @@ class State:
             tensors |= {f"optimizer.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
         return tensors
 
-    def save(self, path: Path, run: Mapping[str, Any]) -> None:
-        """Write everything that :meth:`load` needs; ``run`` describes the run in the header."""
+    def save(self, path: Path, header: Mapping[str, Any]) -> None:
+        """Write everything that :meth:`load` needs; ``header`` describes the run."""
         losses = {"losses": torch.stack(self.losses)} if self.losses else {}
-        checkpoint.write(path, self.tensors() | losses, {"kind": checkpoint.RUN, "step": self.step, **run})
+        checkpoint.write(path, self.tensors() | losses, {"kind": checkpoint.RUN, "step": self.step, **header})
 
     def load(self, path: Path, run: Mapping[str, Any]) -> None:
         """Continue from the state in a file that :meth:`save` wrote.
@@ -479,7 +483,7 @@ class _Trainer:
     held_out: Tensor
     evaluate: Callable[[Any, Tensor], Mapping[str, float]] | None
     folder: Path
-    run: Mapping[str, Any]
+    header: Mapping[str, Any]
 
     def train(self, verbose: bool) -> None:
         """Take the remaining steps, with metrics, held-out evaluations and checkpoints.
@@ -521,7 +525,7 @@ class _Trainer:
                     if log and values:
                         log.write(step=state.step, **{f"held_out_{name}": value for name, value in values.items()})
                 if (save or stop) and group.rank == 0:
-                    state.save(self.folder / CHECKPOINT, self.run)
+                    state.save(self.folder / CHECKPOINT, self.header)
                 group.wait()
                 if stop:
                     bar.write(f"stopped after step {state.step} with a checkpoint")

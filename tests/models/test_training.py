@@ -456,6 +456,19 @@ def test_a_run_goes_on_learning_from_the_model_it_started_from(uninterrupted, im
     assert all(torch.equal(tensor, before[name]) for name, tensor in start.state_dict().items())
 
 
+def test_what_a_run_started_from_is_recorded_also_where_that_was_a_checkpoint(images, tmp_path):
+    once, dataset = replace(SMALL, steps=1), {"dataset": "smooth"}
+    train(*images, tmp_path / "a", once, provenance=dataset)
+    start = as_start(tmp_path / "a" / "checkpoint.safetensors", PixelCNNpp)
+    assert start.provenance["dataset"] == "smooth" and "start" not in start.provenance
+    train(*images, tmp_path / "b", once, start=start)
+    start = as_start(tmp_path / "b" / "checkpoint.safetensors", PixelCNNpp)
+    model = train(*images, tmp_path / "c", once, start=start)
+    assert model.provenance["start"]["start"]["dataset"] == "smooth"
+    counts = [run["training_images"] for run in (model.provenance, start.provenance, start.provenance["start"])]
+    assert counts == [64, 64, 64]
+
+
 def test_a_run_starts_from_the_averaged_weights_of_a_checkpoint(uninterrupted):
     folder, model = uninterrupted
     start = as_start(folder / "checkpoint.safetensors", PixelCNNpp)
