@@ -104,6 +104,16 @@ def test_what_is_not_finite_stays_so(dtype):
         assert not fused.gate(x, torch.cat([x, x], 1)).isfinite().any()
 
 
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7F800001, 0x7FFF8000])
+def test_nan_of_any_bits_stays_nan_in_bfloat16(bits):
+    """Weights are read as float32 and written as bfloat16: adding to the bits to round must not carry into the sign."""
+    direction = torch.full((1, 8, 1, 1), bits, dtype=torch.int32).view(torch.float32)
+    direction = direction.to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        weight = fused.weight_norm(direction, torch.ones(1))
+    assert weight.dtype == torch.bfloat16 and weight.isnan().all()
+
+
 def test_they_are_for_training_in_the_layout_and_the_dtypes_they_know():
     x = activations(4, torch.float32)
     assert fused.applies(x, x)

@@ -1,8 +1,9 @@
-"""The functions users call, and the choice of the engine behind them."""
+"""Decoding and sampling, and the choice of the engine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from typing import overload
 
@@ -12,81 +13,79 @@ from torch import Tensor
 
 from art_pixeldefend.batches import map_batches
 from art_pixeldefend.models.pixelcnnpp import PixelCNNpp, check_pixel_cnn
-from art_pixeldefend.models.pixelcnnpp.decoders import cached, fixed_point, reference
+from art_pixeldefend.models.pixelcnnpp.compilation import compilation_notice, has_numba
+from art_pixeldefend.models.pixelcnnpp.decoders.cached import cached_decode
+from art_pixeldefend.models.pixelcnnpp.decoders.fixed_point import fixed_point_decode
+from art_pixeldefend.models.pixelcnnpp.decoders.reference import reference_decode
 from art_pixeldefend.models.pixelcnnpp.decoders.rules import Ancestral, Greedy
 from art_pixeldefend.validation import check_count, check_eps
 
 Engine = Callable[[PixelCNNpp, Tensor, int], Tensor]
+BATCH_SIZE = 128
 
 
-def _compiled(pixel_cnn: PixelCNNpp, x: Tensor, eps: int) -> Tensor:
-    from art_pixeldefend.models.pixelcnnpp.decoders import compiled  # seconds of work, and Numba may be absent
+def _load_compiled() -> Engine:
+    from art_pixeldefend.models.pixelcnnpp.decoders.compiled import compiled_decode  # needs Numba, and compiles
 
-    return compiled.decode(pixel_cnn, x, eps)
-
-
-def compiled_engine_fits(pixel_cnn: PixelCNNpp) -> bool:
-    """Is Numba there, and the model on the CPU and in single precision, all that the compiled engine knows?"""
-    return pixel_cnn.device.type == "cpu" and pixel_cnn.dtype == torch.float32 and has_numba()
+    return compiled_decode
 
 
-@cache
-def has_numba() -> bool:
-    """Can the compiled engine be imported?"""
-    try:
-        import numba  # noqa: F401
-    except Exception:  # a Numba that is there but does not fit this Python or NumPy raises what it likes
-        return False
-    return True
+def _load_graphed() -> Engine:
+    from art_pixeldefend.models.pixelcnnpp.decoders.graphed import graphed_decode  # needs Triton
 
-
-def _graphed(pixel_cnn: PixelCNNpp, x: Tensor, eps: int) -> Tensor:
-    from art_pixeldefend.models.pixelcnnpp.decoders import graphed  # Triton may be absent
-
-    return graphed.decode(pixel_cnn, x, eps)
-
-
-def graphed_engine_fits(pixel_cnn: PixelCNNpp) -> bool:
-    """Is Triton there, and the model on an NVIDIA GPU, and not in double precision?"""
-    return pixel_cnn.device.type == "cuda" and pixel_cnn.dtype != torch.float64 and has_triton()
+    return graphed_decode
 
 
 @cache
 def has_triton() -> bool:
-    """Can the graphed engine be imported?"""
+    """Whether Triton can be imported."""
     try:
         import triton  # noqa: F401
-    except Exception:  # likewise
+    except Exception:  # an installed Triton that does not fit this Python or PyTorch raises various errors
         return False
     return True
 
 
-FITS = {"compiled": compiled_engine_fits, "graphed": graphed_engine_fits}  # engines that are not for every model
-ENGINES: dict[str, Engine] = {
-    "reference": reference.decode,
-    "fixed-point": lambda pixel_cnn, x, eps: fixed_point.decode(pixel_cnn, x, Greedy(x, eps)),
-    "cached": lambda pixel_cnn, x, eps: cached.decode(pixel_cnn, x, Greedy(x, eps)),
-    "compiled": _compiled,
-    "graphed": _graphed,
+ENGINES: dict[str, Callable[[], Engine]] = {  # functions that load an engine
+    "reference": lambda: reference_decode,
+    "fixed-point": lambda: lambda pixel_cnn, x, eps: fixed_point_decode(pixel_cnn, x, Greedy(x, eps)),
+    "cached": lambda: lambda pixel_cnn, x, eps: cached_decode(pixel_cnn, x, Greedy(x, eps)),
+    "compiled": _load_compiled,
+    "graphed": _load_graphed,
 }
-BATCH_SIZE = 128
+
+
+def why_not(engine: str, pixel_cnn: PixelCNNpp) -> str:
+    """What an engine lacks to decode with this model, or nothing."""
+    if engine == "compiled":
+        if not has_numba():
+            return "Numba, installed and not disabled"
+        if pixel_cnn.device.type != "cpu" or pixel_cnn.dtype != torch.float32:
+            return "a model on the CPU with float32 parameters"
+    if engine == "graphed":
+        if not has_triton():
+            return "Triton"
+        if pixel_cnn.device.type != "cuda" or pixel_cnn.dtype == torch.float64:
+            return "a model on an NVIDIA GPU, not in double precision"
+    return ""
 
 
 def choose_engine(pixel_cnn: PixelCNNpp, method: str) -> str:
-    """The name of the engine behind a method: itself, or for ``"auto"`` the fastest that is there for this model.
+    """The name of the engine for a method: the method itself, or for ``"auto"`` the fastest engine for this model.
 
-    The rule: the compiled engine wherever it fits, on a CPU, where it is the fastest at every batch size by the
-    measurements in ``benchmarks/README.md``; the graphed one wherever that fits, on a GPU: it is the cached one with
-    fewer launches; the cached one everywhere else.
+    ``"auto"`` is ``compiled`` for a float32 model on a CPU, ``graphed`` on an NVIDIA GPU, and ``cached`` otherwise or
+    where Numba or Triton is missing. ``benchmarks/README.md`` has the measurements.
 
     Raises:
-        ValueError: if there is no method of that name.
+        ValueError: if there is no such method, or its engine cannot decode with this model.
     """
     if method not in ("auto", *ENGINES):
         raise ValueError(f"method must be one of auto, {', '.join(ENGINES)}, got {method!r}")
     if method == "auto":
-        return next((engine for engine, fits in FITS.items() if fits(pixel_cnn)), "cached")
-    return method if method not in FITS or FITS[method](pixel_cnn) else "cached"
+        return next(engine for engine in ("compiled", "graphed", "cached") if not why_not(engine, pixel_cnn))
+    if lacking := why_not(method, pixel_cnn):
+        raise ValueError(f'method {method!r} needs {lacking}; "auto" chooses an engine that fits')
+    return method
 
 
 @overload
@@ -97,35 +96,35 @@ def greedy_decode(pixel_cnn, x, eps, method="auto", *, batch_size=BATCH_SIZE, ve
     """Move every sub-pixel, within ``eps``, to its most likely level given those already moved (Algorithm 1).
 
     Args:
-        pixel_cnn: the density model. In float32 the answer is exact; after ``pixel_cnn.bfloat16()`` it is not: levels
-            differ at some sub-pixels, ``benchmarks/README.md`` says at how many.
+        pixel_cnn: the density model. In float32 the result is exact; after ``pixel_cnn.bfloat16()`` levels differ at
+            some sub-pixels, as measured in ``benchmarks/README.md``.
         x: levels (N, C, H, W) of the model's image shape.
         eps: radius in levels, 0..255, around the input's value.
-        method: ``"reference"``, ``"fixed-point"``, ``"cached"``, ``"compiled"``, ``"graphed"``, or ``"auto"`` for the
-            fastest that is there; all give the same image. ``"compiled"`` is for CPUs and needs Numba, ``"graphed"`` is
-            for NVIDIA GPUs and needs Triton: where they cannot work they are ``"cached"``.
-        batch_size: most images in memory at a time.
+        method: the engine, or ``"auto"``: ``"compiled"`` for a float32 model on a CPU, ``"graphed"`` on an NVIDIA GPU,
+            and ``"cached"`` otherwise. ``"fixed-point"`` and ``"reference"`` are slow and independent of these. All
+            give the same image.
+        batch_size: largest number of images to decode at a time.
         verbose: show a progress bar.
 
     Returns:
         Purified levels (N, C, H, W), uint8: a tensor on the model's device for a tensor, an array for an array.
 
     Raises:
-        ValueError: naming the argument that is not as described.
+        ValueError: naming the argument that is not as described; ``pixel_cnn`` if its outputs are not finite.
 
     Example:
-        >>> from art_pixeldefend import PixelCNNpp, datasets
-        >>> model, x = PixelCNNpp.from_pretrained("digits"), datasets.load("digits").x_test[:4]
-        >>> purified = greedy_decode(model, x, eps=32)
-        >>> int(np.abs(purified.astype(int) - x).max()) <= 32
-        True
-        >>> bool((model.bits_per_dim(purified) < model.bits_per_dim(x)).all())
-        True
+        >>> from art_pixeldefend import PixelCNNpp, datasets, greedy_decode
+        >>> model = PixelCNNpp.from_pretrained("digits")
+        >>> x = datasets.load("digits").x_test[:2]
+        >>> greedy_decode(model, x, eps=16).shape
+        (2, 1, 8, 8)
     """
     check_pixel_cnn(pixel_cnn)
-    decode = ENGINES[choose_engine(pixel_cnn, method)]
+    engine = choose_engine(pixel_cnn, method)
     eps, batch_size = check_eps("eps", eps), check_count("batch_size", batch_size)
     levels = pixel_cnn.as_levels(x)
+    with compilation_notice() if verbose else nullcontext():
+        decode = ENGINES[engine]()
     with pixel_cnn.evaluating():
         purified = map_batches(
             lambda batch: decode(pixel_cnn, batch, eps), levels, batch_size, verbose=verbose, what="purify"
@@ -134,22 +133,22 @@ def greedy_decode(pixel_cnn, x, eps, method="auto", *, batch_size=BATCH_SIZE, ve
 
 
 def sample(pixel_cnn: PixelCNNpp, count: int, *, seed: int = 0) -> Tensor:
-    """Images drawn from the model.
+    """Draw images from the model.
 
     Args:
         pixel_cnn: the density model.
-        count: how many, N.
-        seed: of the noise.
+        count: number of images, N.
+        seed: determines the images, together with the model and ``count``.
 
     Returns:
-        Levels (N, C, H, W), uint8, on the model's device; the same for the same seed.
+        Levels (N, C, H, W), uint8, on the model's device.
 
     Raises:
-        ValueError: if ``pixel_cnn`` is none, or ``count`` is negative.
+        ValueError: naming the argument that is not as described; ``pixel_cnn`` if its outputs are not finite.
     """
     check_pixel_cnn(pixel_cnn)
     count = check_count("count", count, least=0)
     rule = Ancestral(count, pixel_cnn.image_shape, pixel_cnn.mixtures, torch.Generator().manual_seed(seed))
     start = torch.zeros(count, *pixel_cnn.image_shape, dtype=torch.uint8, device=pixel_cnn.device)
     with pixel_cnn.evaluating():
-        return cached.decode(pixel_cnn, start, rule)
+        return cached_decode(pixel_cnn, start, rule)

@@ -1,7 +1,7 @@
-"""Which level a sub-pixel takes, given its mixture: greedily within a range, or at random.
+"""Rules that choose a sub-pixel's level from its conditional distribution: the most likely one in a range, or a draw.
 
-A rule is a function of a pixel's parameters and its position, nothing else, so every engine that gives each pixel the
-parameters of the finished pixels before it finds the same image.
+A rule is a function of a pixel's mixture and its position only. Every engine that computes each pixel's mixture from
+the final levels of the pixels before it therefore finds the same image.
 """
 
 from __future__ import annotations
@@ -14,19 +14,40 @@ from torch import Tensor
 from art_pixeldefend.models.pixelcnnpp import mixture
 from art_pixeldefend.models.pixelcnnpp.mixture import LEVELS, Components
 
-WEIGHED = 1 << 21  # masses at a time where levels are weighed: 16 MiB, and up to twice that with what is cut off
+MASSES_AT_A_TIME = 1 << 21  # float64 numbers, 16 MiB
+
+
+def not_finite() -> ValueError:
+    """The error for a model that gives NaN or infinity."""
+    return ValueError("pixel_cnn must give finite outputs, got NaN or infinity; are its weights finite?")
+
+
+def check_finite(outputs: Tensor) -> Tensor:
+    """``outputs`` of the network, if they are finite. (Any comparison with NaN is false: it would choose some level.)
+
+    Raises:
+        ValueError: naming ``pixel_cnn``.
+    """
+    if not outputs.isfinite().all():
+        raise not_finite()
+    return outputs
 
 
 class Rule(ABC):
-    """Chooses levels for pixels that are named by their position in the flattened batch: (n H + i) W + j."""
+    """Chooses levels of pixels, which are numbered by their position in the flattened batch: (n H + i) W + j."""
 
     @abstractmethod
     def choose(self, parts: Components, pixels: Tensor, channel: int) -> Tensor:
-        """Levels (M,) of one channel of the ``pixels`` (M,), whose mixtures are ``parts`` (M, K)."""
+        """Levels (M,) of one channel of the pixels numbered ``pixels`` (M,), whose mixtures are ``parts`` (M, K)."""
 
     def choose_pixels(self, params: Tensor, pixels: Tensor, channels: int) -> Tensor:
-        """Levels (M, C), channel after channel, of the ``pixels`` (M,) with network outputs ``params`` (M, P)."""
-        if params.dtype in (torch.bfloat16, torch.float16):  # a network of reduced precision; the mixture is not
+        """Levels (M, C), channel by channel, of the pixels numbered ``pixels`` (M,) with network outputs (M, P).
+
+        Raises:
+            ValueError: if the outputs are not finite.
+        """
+        check_finite(params)
+        if params.dtype in (torch.bfloat16, torch.float16):  # only the network is computed in reduced precision
             params = params.float()
         x = params.new_zeros(len(params), channels)
         for k in range(channels):
@@ -35,7 +56,7 @@ class Rule(ABC):
 
 
 class Greedy(Rule):
-    """The most likely level within ``eps`` of the input (PixelDefend, Algorithm 1, lines 5 to 8).
+    """Chooses the most likely level within ``eps`` of the input (PixelDefend, Algorithm 1, lines 5 to 8).
 
     Args:
         x: the input, levels (N, C, H, W).
@@ -48,9 +69,9 @@ class Greedy(Rule):
         self.window = min(2 * eps + 1, LEVELS)
 
     def choose(self, parts: Components, pixels: Tensor, channel: int) -> Tensor:
-        """The argmax over the range, a bounded number of pixels at a time."""
+        """The argmax over the range."""
         low, high = self.low[channel][pixels], self.high[channel][pixels]
-        piece = max(1, WEIGHED // (self.window * parts.means.shape[-1]))
+        piece = max(1, MASSES_AT_A_TIME // (self.window * parts.means.shape[-1]))
         if len(low) <= piece:
             return mixture.best_level(parts, low, high)
         pieces = zip(*(part.split(piece) for part in (*parts, low, high)), strict=True)
@@ -58,16 +79,16 @@ class Greedy(Rule):
 
 
 class Ancestral(Rule):
-    """A draw from the mixture: a component by the Gumbel-max trick, then the inverse of its distribution function.
+    """Draws a level: a component by the Gumbel-max trick, then a value by the inverse of its distribution function.
 
-    All noise is drawn beforehand, which makes the draw a function of the parameters (Wiggers and Hoogeboom 2020,
+    All noise is drawn in the constructor, which makes each draw a function of the mixture (Wiggers and Hoogeboom 2020,
     arXiv:2002.09928).
 
     Args:
         count: images N.
         image_shape: (C, H, W).
         mixtures: components K.
-        generator: of the noise.
+        generator: source of the noise.
     """
 
     def __init__(
@@ -80,7 +101,7 @@ class Ancestral(Rule):
         self.gumbel, self.logistic = -torch.log(-torch.log(noise[..., 1:])), torch.logit(noise[..., 0])
 
     def choose(self, parts: Components, pixels: Tensor, channel: int) -> Tensor:
-        """The draw that the noise of these sub-pixels makes of their mixtures."""
+        """Draws for these sub-pixels, with their own noise."""
         device = pixels.device
         gumbel, logistic = (noise[pixels.cpu(), channel].to(device) for noise in (self.gumbel, self.logistic))
         component = (parts.log_weights.double() + gumbel).argmax(dim=-1, keepdim=True)

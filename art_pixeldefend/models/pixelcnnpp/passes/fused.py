@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from art_pixeldefend.models.pixelcnnpp.compilation import has_numba
+
 Padding = tuple[int, int, int, int]  # left, right, top, bottom
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -22,7 +24,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 def _passes(device: str) -> Any:
     """The module of the passes on such devices, or None where what it needs is missing; loaded at the first step."""
     try:
-        if device == "cpu":
+        if device == "cpu" and has_numba():
             from art_pixeldefend.models.pixelcnnpp.passes import numba_loops as loops
 
             return loops

@@ -18,6 +18,8 @@ from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
+from art_pixeldefend.models.pixelcnnpp.compilation import jit
+
 CHANCES = 1 << 16  # a dropout's probability is rounded to a multiple of 1 / CHANCES: one hash serves two numbers
 
 Chance = tuple[np.uint32, np.float32, np.uint32, np.uint32]  # drop, scale, two seeds
@@ -37,7 +39,8 @@ def _float(context, bits):
 
 
 @intrinsic
-def _pointer(context, address):
+def pointer(context, address):
+    """An address as a pointer, for ``numba.carray``."""
     return types.voidptr(types.int64), lambda context, builder, signature, args: builder.inttoptr(
         args[0], context.get_value_type(types.voidptr)
     )
@@ -68,8 +71,13 @@ def _(number):
 
 @overload(_store, inline="always")
 def _(x, number):
-    if number == types.uint16:  # rounded to the nearest, ties away from zero: an operation less than ties to even
-        return lambda x, number: np.uint16(_i(_bits(x) + _i(0x8000)) >> _i(16))
+    if number == types.uint16:  # rounded to nearest, ties away from zero: one operation less than ties to even
+
+        def rounded(x, number):
+            bits = np.uint16(_i(_bits(x) + _i(0x8000)) >> _i(16))
+            return bits if x == x else np.uint16(0x7FC0)  # rounding a NaN could carry into the sign
+
+        return rounded
     return lambda x, number: _f(x)
 
 
@@ -84,7 +92,7 @@ NUMBERS = {torch.float32: np.float32, torch.bfloat16: np.uint16}
 
 
 @njit(inline="always")
-def _exp(x):
+def exp(x):
     """exp of x <= 0 to two units in the last place; Cephes' polynomial."""
     x = _f(-87.0) if x < _f(-87.0) else x  # in this order NaN stays NaN
     n = np.floor(x * _f(1.4426950408889634) + _f(0.5))
@@ -100,7 +108,7 @@ def _exp(x):
 
 @njit(inline="always")
 def _sigmoid(x):
-    e = _exp(-abs(x))
+    e = exp(-abs(x))
     return (_f(1.0) if x > _f(0.0) else e) / (_f(1.0) + e)
 
 
@@ -118,8 +126,8 @@ def _views(x, y, size, padding, filters, number):
     n, height, width = size
     left, right, top, bottom = padding
     return (
-        carray(_pointer(x), (n, height, width, filters), number),
-        carray(_pointer(y), (n, top + height + bottom, left + width + right, 2 * filters), number),
+        carray(pointer(x), (n, height, width, filters), number),
+        carray(pointer(y), (n, top + height + bottom, left + width + right, 2 * filters), number),
     )
 
 
@@ -156,7 +164,7 @@ class ActivationLoops(NamedTuple):
 def activation_loops(filters: int, dtype: torch.dtype) -> ActivationLoops:
     """The loops for activations of ``filters`` feature maps."""
     number = NUMBERS[dtype]
-    compiled = njit(error_model="numpy", fastmath={"contract"}, nogil=True, cache=True)
+    compiled = jit(fastmath={"contract"})
 
     @compiled
     def concat_elu(x, y, size, padding):
@@ -169,7 +177,7 @@ def activation_loops(filters: int, dtype: torch.dtype) -> ActivationLoops:
                     source, target = x[n, i, j], y[n, top + i, left + j]
                     for c in range(filters):
                         v = _load(source[c])
-                        e = _store(_exp(-abs(v)) - _f(1.0), source[c])
+                        e = _store(exp(-abs(v)) - _f(1.0), source[c])
                         target[c] = source[c] if v > _f(0.0) else e
                         target[filters + c] = e if v > _f(0.0) else _minus(source[c])
 
@@ -201,7 +209,7 @@ def activation_loops(filters: int, dtype: torch.dtype) -> ActivationLoops:
                     first = ((n * size[1] + i) * size[2] + j) * filters
                     for c in range(filters):
                         v = _load(source[c])
-                        e = _exp(-abs(v)) - _f(1.0)
+                        e = exp(-abs(v)) - _f(1.0)
                         h = _hash(first + c, seed, other_seed)
                         up, down = (v if v > _f(0.0) else e) * scale, (e if v > _f(0.0) else -v) * scale
                         target[c] = _store(up if (h & _u(0xFFFF)) >= drop else _f(0.0), target[c])
@@ -228,17 +236,17 @@ def activation_loops(filters: int, dtype: torch.dtype) -> ActivationLoops:
 
     @compiled
     def gate(x, ab, y, pixels):
-        x, y = carray(_pointer(x), (pixels, filters), number), carray(_pointer(y), (pixels, filters), number)
-        ab = carray(_pointer(ab), (pixels, 2, filters), number)
+        x, y = carray(pointer(x), (pixels, filters), number), carray(pointer(y), (pixels, filters), number)
+        ab = carray(pointer(ab), (pixels, 2, filters), number)
         for p in range(pixels):
             for c in range(filters):
                 y[p, c] = _store(_load(x[p, c]) + _load(ab[p, 0, c]) * _sigmoid(_load(ab[p, 1, c])), y[p, c])
 
     @compiled
     def gate_backward(ab, gradient, result, pixels):
-        gradient = carray(_pointer(gradient), (pixels, filters), number)
-        ab = carray(_pointer(ab), (pixels, 2, filters), number)
-        result = carray(_pointer(result), (pixels, 2, filters), number)
+        gradient = carray(pointer(gradient), (pixels, filters), number)
+        ab = carray(pointer(ab), (pixels, 2, filters), number)
+        result = carray(pointer(result), (pixels, 2, filters), number)
         for p in range(pixels):
             for c in range(filters):
                 g, s = _load(gradient[p, c]), _sigmoid(_load(ab[p, 1, c]))
@@ -252,12 +260,12 @@ def activation_loops(filters: int, dtype: torch.dtype) -> ActivationLoops:
 def weight_loops(dtype: torch.dtype) -> tuple[Callable, Callable]:
     """Weight normalisation and its gradients, for weights (O, R) of ``dtype`` from float32 parameters."""
     number = NUMBERS[dtype]
-    compiled = njit(error_model="numpy", fastmath={"contract", "reassoc"}, nogil=True, cache=True)
+    compiled = jit(fastmath={"contract", "reassoc"})
 
     @compiled
     def forward(direction, gain, norms, weight, size):
-        direction, weight = carray(_pointer(direction), size, _f), carray(_pointer(weight), size, number)
-        gain, norms = carray(_pointer(gain), size[0], _f), carray(_pointer(norms), size[0], _f)
+        direction, weight = carray(pointer(direction), size, _f), carray(pointer(weight), size, number)
+        gain, norms = carray(pointer(gain), size[0], _f), carray(pointer(norms), size[0], _f)
         for o in range(size[0]):
             total = _f(0.0)
             for i in range(size[1]):
@@ -269,9 +277,9 @@ def weight_loops(dtype: torch.dtype) -> tuple[Callable, Callable]:
 
     @compiled
     def backward(direction, gain, norms, gradient, of_direction, of_gain, size):
-        direction, gradient = carray(_pointer(direction), size, _f), carray(_pointer(gradient), size, number)
-        gain, norms = carray(_pointer(gain), size[0], _f), carray(_pointer(norms), size[0], _f)
-        of_direction, of_gain = carray(_pointer(of_direction), size, _f), carray(_pointer(of_gain), size[0], _f)
+        direction, gradient = carray(pointer(direction), size, _f), carray(pointer(gradient), size, number)
+        gain, norms = carray(pointer(gain), size[0], _f), carray(pointer(norms), size[0], _f)
+        of_direction, of_gain = carray(pointer(of_direction), size, _f), carray(pointer(of_gain), size[0], _f)
         for o in range(size[0]):
             total = _f(0.0)
             for i in range(size[1]):

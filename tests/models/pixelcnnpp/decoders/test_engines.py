@@ -1,35 +1,25 @@
-"""Every engine gives the image of the reference, and a plain pass certifies it."""
+"""Every engine gives the image of the reference, and an independent check certifies it."""
 
 import gc
-import os
-import platform
-import subprocess
 import sys
 import threading
 import weakref
 from functools import cache
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
-from art_pixeldefend.models.pixelcnnpp.decoders import (
-    ENGINES,
-    cached,
-    certify,
-    decode,
-    fixed_point,
-    greedy_decode,
-    sample,
-)
-from art_pixeldefend.models.pixelcnnpp.decoders.cached import rows
-from art_pixeldefend.models.pixelcnnpp.decoders.cached.walk import Walk
+from art_pixeldefend.models.pixelcnnpp.decoders import ENGINES, certify, choose_engine, greedy_decode, sample
+from art_pixeldefend.models.pixelcnnpp.decoders.cached import cached_decode
+from art_pixeldefend.models.pixelcnnpp.decoders.fixed_point import fixed_point_decode
+from art_pixeldefend.models.pixelcnnpp.decoders.incremental import IncrementalNetwork, Memory, memory
 from art_pixeldefend.models.pixelcnnpp.decoders.rules import Greedy
 
-FAST = [name for name in ENGINES if name != "reference"]
+ON_A_CPU = [name for name in ENGINES if name != "graphed"]
+FAST = [name for name in ON_A_CPU if name != "reference"]
 SHAPES = {"grey": (1, 6, 8), "RGB": (3, 6, 5), "two channels": (2, 5, 7), "odd": (1, 7, 5)}
 
 
@@ -74,7 +64,7 @@ def test_engines_agree_on_any_model_and_image(method, data):
     agree(model, x, eps, method, greedy_decode(model, x, eps, "reference"))
 
 
-@pytest.mark.parametrize("method", ENGINES)
+@pytest.mark.parametrize("method", ON_A_CPU)
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("shape", [(1, 5, 6), (3, 4, 5)])
 def test_the_input_stays_as_it_is_and_the_output_is_not_part_of_it(make_model, make_levels, shape, count, method):
@@ -88,21 +78,24 @@ def test_the_input_stays_as_it_is_and_the_output_is_not_part_of_it(make_model, m
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_rows_and_pixels_of_the_cached_engine_give_the_same_image(make_model, make_levels, shape, monkeypatch):
+def test_the_cached_engine_gives_the_same_image_by_rows_and_by_columns(make_model, make_levels, shape, monkeypatch):
     model, x = make_model(shape), torch.from_numpy(make_levels(3, shape))
     images = []
-    for few in (0, 3):  # pixel by pixel, row by row; memory is laid out accordingly
-        monkeypatch.setattr(rows, "FEW", few)
+    for small in (0, 3):
+        monkeypatch.setattr(memory, "SMALL_BATCH", small)
         images.append(greedy_decode(model, x, 60, "cached"))
     assert torch.equal(*images)
 
 
-def test_the_cached_engines_memory_is_free_when_the_walk_is_over(make_model):
-    walk = Walk(make_model((1, 5, 6)), 2)
-    image = weakref.ref(walk.image)
+def test_memory_is_freed_with_the_incremental_network(make_model):
+    model = make_model((1, 5, 6))
+    with torch.no_grad():
+        network = IncrementalNetwork(model, Memory(model.network.head.bias, 2))
+        network.begin_row(0)
+    image = weakref.ref(network.image)
     gc.disable()
     try:
-        del walk
+        del network
         assert image() is None
     finally:
         gc.enable()
@@ -122,62 +115,6 @@ def test_batch_sizes_and_thread_counts_give_the_same_images(make_model, make_lev
         agree(model, x[:11], 16, method, together[:11])
     finally:
         torch.set_num_threads(threads)
-
-
-def test_the_compiled_engine_gives_an_image_the_same_bits_in_any_company(make_model, make_levels):
-    model = make_model((3, 6, 6))
-    x = torch.from_numpy(make_levels(9, model.image_shape))
-    together = greedy_decode(model, x, 40, "compiled")
-    alone = torch.cat([greedy_decode(model, image[None], 40, "compiled") for image in x])
-    assert torch.equal(together, alone)
-
-
-@settings(max_examples=12, deadline=None)
-@given(data=st.data())
-def test_a_crew_gives_the_bits_of_one_walker(data):
-    size = st.integers(1, 11)
-    shape = data.draw(st.tuples(st.integers(1, 3), size, size), "shape")
-    torch.manual_seed(data.draw(st.integers(0, 999), "seed"))
-    model = PixelCNNpp(
-        shape, data.draw(st.integers(1, 40), "filters"), data.draw(st.integers(1, 2), "resnets"), 3
-    ).eval()
-    x = torch.randint(0, 256, (1, *shape), dtype=torch.uint8)
-    images = {}
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            images[count] = greedy_decode(model, x, 60, "compiled")
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(images[1], images[2])
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system lets no thread choose its cores")
-@pytest.mark.parametrize("filters, shape", [(8, (1, 9, 9)), (72, (3, 6, 5))], ids=["narrow", "wide"])
-def test_a_crew_on_one_core_gives_the_same_bits(make_model, make_levels, filters, shape):
-    """Each member then stops in the middle of its work, and other pieces are left to be shared out."""
-    model = make_model(shape, filters=filters, resnets=1)
-    x = torch.from_numpy(make_levels(1, shape))
-    threads, cores = torch.get_num_threads(), os.sched_getaffinity(0)
-    images = []
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            images.append(greedy_decode(model, x, 60, "compiled"))
-        os.sched_setaffinity(0, {min(cores)})
-        images += [greedy_decode(model, x, 60, "compiled") for _ in range(3)]
-    finally:
-        os.sched_setaffinity(0, cores)
-        torch.set_num_threads(threads)
-    assert all(torch.equal(image, images[0]) for image in images[1:])
-
-
-@pytest.mark.parametrize("filters, resnets, mixtures", [(16, 1, 10), (17, 3, 1), (40, 1, 5), (72, 1, 2)])
-def test_the_compiled_engine_takes_any_width_and_depth(make_model, make_levels, filters, resnets, mixtures):
-    model = make_model((1, 6, 6), filters=filters, resnets=resnets, mixtures=mixtures)
-    x = torch.from_numpy(make_levels(6, model.image_shape))
-    agree(model, x, 20, "compiled", greedy_decode(model, x, 20, "fixed-point"))
 
 
 @pytest.mark.parametrize("log_scale, mean", [(-7.0, 0.3), (-7.0, 50.0), (-7.0, -50.0), (14.0, 0.0), (-3.0, 1e5)])
@@ -214,65 +151,55 @@ def test_what_is_no_model_and_no_method_is_refused_by_name(make_model, make_leve
             greedy_decode(make_model((1, 8, 8)), x, 16, method)
 
 
-def test_walks_do_not_begin_where_not_all_their_threads_can_be_had(monkeypatch):
-    """Members of a crew wait for one another: one that is alone would wait for ever."""
-    from art_pixeldefend.models.pixelcnnpp.decoders.compiled import engine
-
-    started, begun, start = [], [], threading.Thread.start
-
-    def start_one(thread):
-        if started:
-            raise RuntimeError("can't start new thread")
-        started.append(thread)
-        start(thread)
-
-    monkeypatch.setattr(threading.Thread, "start", start_one)
-    with pytest.raises(RuntimeError, match="can't start"):
-        engine._run([lambda: begun.append(None)] * 4, 4)
-    assert started and not begun
+@pytest.mark.parametrize(
+    ("method", "change", "lacking"),
+    [("graphed", PixelCNNpp.float, "GPU|Triton"), ("compiled", PixelCNNpp.double, "float32")],
+)
+def test_an_engine_that_cannot_decode_with_a_model_is_refused_and_auto_takes_another(
+    make_model, make_levels, method, change, lacking
+):
+    model, x = change(make_model((1, 5, 5))), torch.from_numpy(make_levels(2, (1, 5, 5)))
+    with pytest.raises(ValueError, match=f"method '{method}' needs .*({lacking})"):
+        greedy_decode(model, x, 16, method)
+    assert choose_engine(model, "auto") != method
+    agree(model, x, 16, "auto", greedy_decode(model, x, 16, "reference"))
 
 
-def test_without_numba_the_torch_engine_takes_over(make_model, make_levels, monkeypatch):
-    model = make_model((1, 5, 5))
-    x = make_levels(3, model.image_shape)
-    expected = greedy_decode(model, x, 16, "compiled")
-    monkeypatch.setitem(sys.modules, "numba", None)  # importing it raises ImportError
-    decode.has_numba.cache_clear()
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("layer", ["head", "u_start"])
+@pytest.mark.parametrize("method", [*ON_A_CPU, "sample"])
+def test_a_model_whose_outputs_are_not_finite_is_refused(make_model, make_levels, method, layer, bad):
+    model, x = make_model((3, 4, 5)), torch.from_numpy(make_levels(9, (3, 4, 5)))
+    with torch.no_grad():
+        getattr(model.network, layer).bias[-1] = bad
+    with pytest.raises(ValueError, match="pixel_cnn must give finite outputs"):
+        sample(model, 2) if method == "sample" else greedy_decode(model, x, 16, method)
+
+
+@pytest.mark.parametrize("method", FAST)
+def test_threads_that_start_meanwhile_find_the_settings_of_the_process(make_model, make_levels, method):
+    model, x = make_model((3, 6, 6)), torch.from_numpy(make_levels(24, (3, 6, 6)))
+    threads, interval = torch.get_num_threads(), sys.getswitchinterval()
+    found, finished = set(), threading.Event()
+
+    def watch():
+        while not finished.is_set():
+            thread = threading.Thread(target=lambda: found.add((torch.get_num_threads(), sys.getswitchinterval())))
+            thread.start()
+            thread.join()
+
+    torch.set_num_threads(3)
     try:
-        assert not decode.has_numba()
-        for method in ("compiled", "auto"):
-            np.testing.assert_array_equal(greedy_decode(model, x, 16, method), expected)
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        greedy_decode(model, x, 16, method)
+        finished.set()
+        watcher.join()
+        assert found == {(3, interval)}
+        assert (torch.get_num_threads(), sys.getswitchinterval()) == (3, interval)
     finally:
-        decode.has_numba.cache_clear()
-
-
-def test_the_compiled_engine_gives_the_same_image_without_wide_vectors(make_model, make_levels, tmp_path):
-    """A process that compiles for a processor with AVX2 (or, elsewhere, none of it) and no AVX-512."""
-    model = make_model((3, 5, 6))
-    model.save(tmp_path / "model.safetensors")
-    np.save(tmp_path / "x.npy", make_levels(3, model.image_shape))
-    code = (
-        "import sys, numpy as np\n"
-        "from art_pixeldefend import PixelCNNpp, greedy_decode\n"
-        "from art_pixeldefend.models.pixelcnnpp.decoders.compiled.vectors import LANES\n"
-        "assert LANES == 8\n"
-        "model = PixelCNNpp.load(sys.argv[1] + '/model.safetensors')\n"
-        "x = np.load(sys.argv[1] + '/x.npy')\n"
-        "np.save(sys.argv[1] + '/purified.npy', greedy_decode(model, x, 60, 'compiled'))\n"
-    )
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    features = "+sse4.2,+avx,+avx2,+fma" if x86 else ""
-    wide = {"NUMBA_CPU_NAME": "haswell" if x86 else "generic", "NUMBA_CPU_FEATURES": features}
-    env = os.environ | wide | {"NUMBA_CACHE_DIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=env)
-    x, found = (torch.from_numpy(np.load(tmp_path / f"{name}.npy")) for name in ("x", "purified"))
-    assert torch.equal(found, greedy_decode(model, x, 60, "fixed-point"))
-
-
-def test_double_precision_models_are_left_to_torch(make_model, make_levels):
-    model = make_model((1, 5, 5)).double()
-    x = torch.from_numpy(make_levels(2, model.image_shape))
-    agree(model, x, 16, "compiled", greedy_decode(model, x, 16, "reference"))
+        finished.set()
+        torch.set_num_threads(threads)
 
 
 def test_weights_changed_between_calls_are_seen(make_model, make_levels):
@@ -284,40 +211,24 @@ def test_weights_changed_between_calls_are_seen(make_model, make_levels):
         agree(model, x, 255, method, greedy_decode(model, x, 255, "reference"))
 
 
-@pytest.mark.parametrize("many", [0, 1 << 40], ids=["two threads", "one thread"])
-def test_the_fingerprint_sees_a_change_of_any_parameter_and_no_thread_count(make_model, many, monkeypatch):
-    from art_pixeldefend.models.pixelcnnpp.decoders.compiled import fingerprint as module
-
-    model = make_model((1, 5, 5))
-    expected = module.fingerprint(model)
-    monkeypatch.setattr(module, "MANY", many)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        assert module.fingerprint(model) == expected
-        for parameter in model.parameters():
-            parameter.data.view(-1)[-1] += 1.0
-            changed = module.fingerprint(model)
-            assert changed != expected
-            expected = changed
-    finally:
-        torch.set_num_threads(threads)
-
-
-@pytest.mark.parametrize("count", [1, 2])
-def test_no_engine_writes_to_its_input(make_model, make_levels, count):
-    model = make_model((1, 5, 5))
-    x = torch.from_numpy(make_levels(count, model.image_shape))
-    before = x.clone()
-    for method in ENGINES:
-        greedy_decode(model, x, 255, method)
-        assert torch.equal(x, before)
-
-
-def test_the_cached_engine_takes_any_rule(make_model, make_levels):
+def test_the_cached_and_the_fixed_point_engine_take_any_rule(make_model, make_levels):
     model = make_model((3, 5, 6))
     x = torch.from_numpy(make_levels(3, model.image_shape))
     with torch.no_grad():
-        assert torch.equal(cached.decode(model, x, Greedy(x, 9)), fixed_point.decode(model, x, Greedy(x, 9)))
+        assert torch.equal(cached_decode(model, x, Greedy(x, 9)), fixed_point_decode(model, x, Greedy(x, 9)))
     assert torch.equal(sample(model, 3, seed=1), sample(model, 3, seed=1))
     assert not torch.equal(sample(model, 3, seed=1), sample(model, 3, seed=2))
+
+
+def test_the_fixed_point_needs_a_forward_function_and_a_rule_only():
+    """A model of another kind: each pixel of a row is predicted to be the one before it, plus 1."""
+
+    class Copy:
+        def choose_pixels(self, outputs, pixels, channels):
+            return outputs.to(torch.uint8)
+
+    def forward(levels):
+        return torch.nn.functional.pad(levels.float() + 1, (1, 0))[..., :-1]
+
+    found = fixed_point_decode(forward, torch.zeros(2, 1, 2, 5, dtype=torch.uint8), Copy())
+    assert found.tolist() == [[[[0, 1, 2, 3, 4]] * 2]] * 2

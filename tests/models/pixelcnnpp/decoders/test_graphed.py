@@ -12,23 +12,32 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 @pytest.mark.skipif(not decode.has_triton() or torch.cuda.is_available(), reason="no Triton, or it compiles")
-@pytest.mark.parametrize("iterated", [64, 0], ids=["whole rows, repeated", "pixel by pixel"])
+@pytest.mark.parametrize("iterated", [64, 0], ids=["by iteration", "by columns"])
 @pytest.mark.parametrize(("shape", "count", "eps"), [((1, 9, 2), 1, 16), ((3, 2, 2), 2, 255)])
 def test_interpreted_kernels_give_the_image_of_the_reference(
     make_model, make_levels, monkeypatch, shape, count, eps, iterated
 ):
     from art_pixeldefend.models.pixelcnnpp.decoders import graphed
 
-    monkeypatch.setattr(graphed.recording, "ITERATED", iterated)
+    monkeypatch.setattr(graphed.capture, "ITERATED", iterated)
     model, x = make_model(shape), torch.from_numpy(make_levels(count, shape))
     before, expected = x.clone(), greedy_decode(model, x, eps, "reference")
     with model.evaluating():
-        assert torch.equal(graphed.decode(model, x, eps), expected)
+        assert torch.equal(graphed.graphed_decode(model, x, eps), expected)
     assert torch.equal(x, before)
 
 
-def test_a_model_on_a_cpu_is_left_to_the_cached_engine(make_model):
-    assert choose_engine(make_model((1, 5, 5)), "graphed") == "cached"
+@pytest.mark.skipif(not decode.has_triton() or torch.cuda.is_available(), reason="no Triton, or it compiles")
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("output", [0, 2, 4, -1], ids=["weight", "mean", "scale", "coefficient"])
+def test_interpreted_kernels_refuse_outputs_that_are_not_finite(make_model, make_levels, bad, output):
+    from art_pixeldefend.models.pixelcnnpp.decoders import graphed
+
+    model, x = make_model((2, 1, 2), mixtures=1), torch.from_numpy(make_levels(1, (2, 1, 2)))
+    with torch.no_grad():
+        model.network.head.bias[output] = bad
+    with model.evaluating(), pytest.raises(ValueError, match="pixel_cnn must give finite outputs"):
+        graphed.graphed_decode(model, x, 16)
 
 
 @gpu
@@ -60,10 +69,10 @@ def test_changed_weights_are_seen(make_model, make_levels):
 
 
 @pytest.mark.skipif(not decode.has_triton(), reason="no Triton")
-def test_calls_from_several_threads_keep_no_more_recordings_than_they_should(make_model, monkeypatch):
+def test_calls_from_several_threads_keep_no_more_decoders_than_they_should(make_model, monkeypatch):
     from art_pixeldefend.models.pixelcnnpp.decoders import graphed
 
-    class Recording:
+    class Decoder:
         def __init__(self, model, count, eps):
             time.sleep(1e-4)
             self.count = count
@@ -71,9 +80,9 @@ def test_calls_from_several_threads_keep_no_more_recordings_than_they_should(mak
         def fits(self, model, count, eps):
             return self.count == count
 
-    monkeypatch.setattr(graphed, "Recording", Recording)
+    monkeypatch.setattr(graphed, "CapturedDecoder", Decoder)
     model = make_model((1, 4, 4))
     with ThreadPoolExecutor(4) as pool:
-        calls = [pool.submit(graphed._recording, model, i % 5, 16) for i in range(400)]
+        calls = [pool.submit(graphed._decoder, model, i % 5, 16) for i in range(400)]
     assert all(call.result().count == i % 5 for i, call in enumerate(calls))
-    assert len(graphed._recordings[model]) == graphed.KEPT
+    assert len(graphed._decoders[model]) == graphed.KEPT

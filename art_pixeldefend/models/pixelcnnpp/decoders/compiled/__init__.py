@@ -1,5 +1,5 @@
-"""The fastest engine for CPUs: Numba, every activation computed once, images in parallel on threads."""
+"""The incremental engine for CPUs, compiled with Numba: images in parallel on threads."""
 
-from art_pixeldefend.models.pixelcnnpp.decoders.compiled.engine import decode
+from art_pixeldefend.models.pixelcnnpp.decoders.compiled.engine import compiled_decode
 
-__all__ = ["decode"]
+__all__ = ["compiled_decode"]

@@ -1,8 +1,7 @@
-"""The cached engine's walk on an NVIDIA GPU, as CUDA graphs with kernels of our own between the matrix products.
+"""The incremental engine for NVIDIA GPUs: CUDA graphs, with Triton kernels between the matrix products.
 
-A walk launches some hundred small kernels at every pixel, and the same ones again eight rows later: they are captured
-the first time. What was captured is kept for a model's last batch sizes, with its memory, for as long as the model
-lives and its weights stay as they are.
+Decoding launches some hundred small kernels at every pixel, and the same ones again eight rows later. The graphs of a
+model's latest batch sizes are kept, with their memory, while the model exists and its weights do not change.
 """
 
 from __future__ import annotations
@@ -14,33 +13,33 @@ import torch
 from torch import Tensor
 
 from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
-from art_pixeldefend.models.pixelcnnpp.decoders.graphed.recording import Recording
+from art_pixeldefend.models.pixelcnnpp.decoders.graphed.capture import CapturedDecoder
 
-__all__ = ["decode"]
+__all__ = ["graphed_decode"]
 
-KEPT = 2  # recordings of a model: of whole batches, and of what is left at the end
+KEPT = 2  # decoders per model: for whole batches, and for the remainder
 
-_keeping = threading.Lock()
-_recordings: WeakKeyDictionary[PixelCNNpp, list[Recording]] = WeakKeyDictionary()
+_lock = threading.Lock()
+_decoders: WeakKeyDictionary[PixelCNNpp, list[CapturedDecoder]] = WeakKeyDictionary()
 
 
 @torch.inference_mode()
-def decode(pixel_cnn: PixelCNNpp, x: Tensor, eps: int) -> Tensor:
+def graphed_decode(pixel_cnn: PixelCNNpp, x: Tensor, eps: int) -> Tensor:
     """Purified levels (N, C, H, W) of levels ``x``."""
     if not len(x):
         return x
     with torch.cuda.device_of(x):  # where Triton launches
-        return _recording(pixel_cnn, len(x), eps).decode(x)
+        return _decoder(pixel_cnn, len(x), eps).decode(x)
 
 
-def _recording(pixel_cnn: PixelCNNpp, count: int, eps: int) -> Recording:
-    with _keeping:
-        kept = _recordings.setdefault(pixel_cnn, [])
-        recording = next((r for r in kept if r.fits(pixel_cnn, count, eps)), None)
-        if recording is not None:
-            kept.remove(recording)
+def _decoder(pixel_cnn: PixelCNNpp, count: int, eps: int) -> CapturedDecoder:
+    with _lock:
+        kept = _decoders.setdefault(pixel_cnn, [])
+        decoder = next((d for d in kept if d.fits(pixel_cnn, count, eps)), None)
+        if decoder is not None:
+            kept.remove(decoder)
         else:
-            del kept[KEPT - 1 :]  # before its memory is asked for
-            recording = Recording(pixel_cnn, count, eps)
-        kept.insert(0, recording)
-        return recording
+            del kept[KEPT - 1 :]  # free its memory before allocating
+            decoder = CapturedDecoder(pixel_cnn, count, eps)
+        kept.insert(0, decoder)
+        return decoder
