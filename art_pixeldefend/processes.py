@@ -29,6 +29,7 @@ LONGEST_PAUSE = 1.0  # seconds between two looks at how many processes have arri
 T = TypeVar("T")
 
 _own: ProcessGroup | None = None
+_own_world: Any = None  # torch's handle of the group that belongs to `_own`
 _created = 0
 
 
@@ -134,10 +135,10 @@ def process_group() -> ProcessGroup:
     creates one. Its operations on CPU tensors go through gloo, those on GPU tensors through NCCL, whose connections are
     made when first needed.
     """
-    global _own, _created
+    global _own, _own_world, _created
     if not dist.is_available():
         return ProcessGroup()
-    if _own is not None and dist.is_initialized():
+    if _own is not None and _own_is_current():
         return _own
     if dist.is_initialized():
         return ProcessGroup(dist.get_rank(), dist.get_world_size())
@@ -151,12 +152,19 @@ def process_group() -> ProcessGroup:
         torch.cuda.set_device(_own.device)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    _own_world = dist.group.WORLD
+    atexit.unregister(_leave)
     atexit.register(_leave)
     return _own
 
 
+def _own_is_current() -> bool:
+    """Whether torch's default group is the one that was created here: a caller may have replaced it."""
+    return dist.is_initialized() and dist.group.WORLD is _own_world
+
+
 def _leave() -> None:
-    if _own is not None and dist.is_initialized():
+    if _own is not None and _own_is_current():
         with suppress(dist.DistError):  # where another process hosts the store, it may be gone
             _own.leave()
         dist.destroy_process_group()

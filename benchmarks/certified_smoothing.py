@@ -78,7 +78,9 @@ def main(
             smoothed = PurifiedModel(network, ScoreDenoiser(subjects.score_model, sigma)) if denoised else network
             file = work / "certificates" / f"{name}, {images} images, n {n}.json"
             began, used, new = time.perf_counter(), time.process_time(), not file.is_file()
-            found[name] = certify_smoothed(smoothed, x, sigma, n0=n0, n=n, alpha=ALPHA, file=file, verbose=True)
+            found[name] = certify_smoothed(
+                smoothed, x, sigma, n0=n0, n=n, alpha=ALPHA, file=file, name=name, verbose=True
+            )
             rows.append({
                 "name": name, "sigma": sigma, "images": images,
                 "certified_percent": {str(radius): 100 * found[name].accuracy(y, radius) for radius in RADII},

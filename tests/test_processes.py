@@ -36,6 +36,14 @@ for entry in range(3):
     torch.distributed.destroy_process_group()  # by a careless caller
     group = processes.process_group()
     assert group.gather((entry, group.rank)) == [(entry, 0), (entry, 1)]
+torch.distributed.destroy_process_group()
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/store", rank=group.rank, world_size=2)
+callers = processes.process_group()
+assert callers is not group and callers.gather(callers.rank) == [0, 1]
+processes._leave()  # as at exit: the caller's group is left alone
+assert torch.distributed.is_initialized()
+torch.distributed.destroy_process_group()
+group = processes.process_group()
 if group.rank == 1:
     time.sleep(6)  # longer than the time limit of an exchange
 group.wait()

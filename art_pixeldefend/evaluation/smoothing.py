@@ -24,6 +24,7 @@ from tqdm import tqdm
 from art_pixeldefend.files import check_file, write_atomically
 from art_pixeldefend.levels import as_tensor
 from art_pixeldefend.processes import process_group
+from art_pixeldefend.purifiers import PurifiedModel, Purifier
 from art_pixeldefend.purifiers.base import BatchGenerator
 from art_pixeldefend.validation import check_count, check_number
 
@@ -93,6 +94,7 @@ def certify_smoothed(
     batch_size: int = 500,
     seed: int = 0,
     file: str | PathLike[str] | None = None,
+    name: str = "",
     overwrite: bool = False,
     verbose: bool = False,
 ) -> Certificates:
@@ -105,8 +107,9 @@ def certify_smoothed(
     Under ``torchrun`` every process calls this with the same arguments and certifies its share of the images.
 
     Args:
-        classifier: an ART classifier, or a module or function from images to logits (N, classes). A module should be in
-            evaluation mode. If it draws random numbers itself, they count as part of the smoothing noise.
+        classifier: an ART classifier, or a module or function from images to logits (N, classes). It is evaluated in
+            evaluation mode. If it draws random numbers, they must be new ones for every image that it is given: the
+            certificate is about independent draws, so stochastic purifiers with a ``seed`` are refused.
         x: images (N, C, H, W), or of the shape that the classifier takes, of any value range.
         sigma: standard deviation of the noise, in the units of ``x``.
         n0: draws of the selection sample, by which the class is chosen.
@@ -115,12 +118,14 @@ def certify_smoothed(
         batch_size: most noisy images in memory at a time.
         seed: of the noise, which is a function of seed and position of the image.
         file: a JSON file to store results in, and to resume from: images with a result in it are skipped.
+        name: what the file calls the classifier; needed with ``file``. A file is resumed only for the same name,
+            weights and arguments. What else the classifier depends on is not compared.
         overwrite: replace ``file`` if it exists, whatever it holds, instead of resuming.
         verbose: show a progress bar.
 
     Raises:
         ValueError: naming the argument that is not as described; or ``file``, if it holds anything but results of these
-            arguments and is not to be overwritten.
+            arguments and is not to be overwritten; if the classifier returns NaN.
 
     Example:
         >>> import numpy as np
@@ -135,9 +140,14 @@ def certify_smoothed(
     settings: dict[str, Any] = {
         "sigma": check_number("sigma", sigma, 1e-12), "n0": check_count("n0", n0), "n": check_count("n", n),
         "alpha": check_number("alpha", alpha, 1e-12, 0.5), "seed": check_count("seed", seed, 0),
-        "images": _hash([images]), "classifier": _fingerprint(classifier),
+        "name": name, "images": _hash([images]), "classifier": _fingerprint(classifier),
     }  # fmt: skip
     batch_size = check_count("batch_size", batch_size)
+    if file is not None and not name:
+        raise ValueError("name must say which classifier the results in file belong to")
+    for purifier in _purifiers(classifier):
+        if purifier.stochastic and purifier.seed is not None:
+            raise ValueError(f"classifier must draw new random numbers at each call, but {purifier} has a seed")
     group, logits = process_group(), _logits(classifier)
     results = _Results(file, settings, len(images), overwrite)
     with tqdm(
@@ -173,8 +183,10 @@ def _sample(
         for start in range(0, draws, batch_size):
             count = min(batch_size, draws - start)
             noisy = clean[:, None] + settings["sigma"] * noise.normal((count, *x.shape[1:]))
-            with torch.no_grad():
-                labels.append(logits(noisy.flatten(0, 1)).argmax(1).reshape(-1, count).cpu())
+            outputs = logits(noisy.flatten(0, 1))
+            if outputs.isnan().any():
+                raise ValueError("classifier returned NaN for noisy images")
+            labels.append(outputs.argmax(1).reshape(-1, count).cpu())
         for of_image in torch.cat(labels, dim=1):
             selected = int(of_image[:n0].bincount().argmax())
             results.append((selected, int((of_image[n0:] == selected).sum())))
@@ -225,19 +237,41 @@ def _logits(classifier: Classifier) -> Callable[[Tensor], Tensor]:
         raise ValueError(
             f"classifier must be an ART classifier, a module or a function, got {type(classifier).__name__}"
         )
-    device = next((p.device for p in classifier.parameters()), None) if isinstance(classifier, nn.Module) else None
-    return lambda x: classifier(x.to(device or x.device))
+    if not isinstance(classifier, nn.Module):
+        return torch.no_grad()(classifier)
+    device = next((p.device for p in classifier.parameters()), None)
+
+    @torch.no_grad()
+    def evaluate(x: Tensor) -> Tensor:
+        training = [module for module in classifier.modules() if module.training]
+        classifier.eval()
+        try:
+            return classifier(x.to(device or x.device))
+        finally:
+            for module in training:
+                module.training = True
+
+    return evaluate
+
+
+def _purifiers(classifier: Any) -> list[Purifier]:
+    """The purifiers in front of a classifier and inside its modules."""
+    module = classifier.model if isinstance(classifier, PyTorchClassifier) else classifier
+    inside = (
+        [part.purifier for part in module.modules() if isinstance(part, PurifiedModel)]
+        if isinstance(module, nn.Module)
+        else []
+    )
+    before = getattr(classifier, "preprocessing_defences", None) or []
+    return inside + [defence for defence in before if isinstance(defence, Purifier)]
 
 
 def _fingerprint(classifier: Any) -> str:
-    """A hash of weights and preprocessing defences; plain functions have neither and share one."""
+    """A hash of all weights, of the purifiers' models too."""
     module = classifier.model if isinstance(classifier, PyTorchClassifier) else classifier
-    parts = list(module.state_dict().values()) if isinstance(module, nn.Module) else []
-    defences = getattr(classifier, "preprocessing_defences", None) or [getattr(module, "purifier", None)]
-    for defence in filter(None, defences):
-        model = getattr(defence, "model", None)
-        parts += [repr(defence), *(model.state_dict().values() if isinstance(model, nn.Module) else [])]
-    return _hash(parts)
+    modules = [module, *(purifier.model for purifier in _purifiers(classifier))]
+    weights = [tensor for m in modules if isinstance(m, nn.Module) for tensor in m.state_dict().values()]
+    return _hash([*map(repr, _purifiers(classifier)), *weights])
 
 
 def _hash(parts: Sequence[Tensor | str]) -> str:

@@ -15,7 +15,7 @@ from torch import nn
 from art_pixeldefend.evaluation import figures
 from art_pixeldefend.evaluation.smoothing import ABSTAIN, Certificates, certified_table, certify_smoothed
 from art_pixeldefend.models.score import ScoreModel
-from art_pixeldefend.purifiers import ScoreDenoiser
+from art_pixeldefend.purifiers import PurifiedModel, Purifier, ScoreDenoiser
 
 SIGMA = 0.25
 
@@ -136,7 +136,59 @@ def test_a_denoiser_sees_noise_that_is_not_clipped():
     assert equal(certify_smoothed(art, x, SIGMA, n=200), expected)
 
 
+class Coin(Purifier):
+    """Replaces an image by one of two constant images, each with probability 1/2."""
+
+    stochastic = True
+
+    def purify(self, x, generator):
+        return (generator.uniform((1, 1, 1)) < 0.5).to(x.dtype).expand_as(x)
+
+
+def coin(seed):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2, bias=False))
+    model[1].weight.data = torch.stack([torch.full((16,), 0.1), torch.zeros(16)])
+    return PurifiedModel(nn.Sequential(model, Shift()), Coin(seed=seed))
+
+
+class Shift(nn.Module):
+    def forward(self, x):
+        return x - torch.tensor([0.5, 0.0])
+
+
+def test_a_classifier_that_tosses_a_coin_gets_no_certificate():
+    x = np.zeros((8, 1, 4, 4), np.float32)
+    found = certify_smoothed(coin(None), x, SIGMA, n=200, batch_size=10)
+    assert (found.predictions == -1).all()
+    assert 50 < found.counts.mean() < 150  # both classes occur
+
+
+def test_purifiers_that_repeat_their_draws_are_refused():
+    x, art = np.zeros((2, 1, 4, 4), np.float32), (nn.CrossEntropyLoss(), (1, 4, 4), 2)
+    behind = PyTorchClassifier(Linear(), *art, preprocessing_defences=Coin(seed=0))
+    for classifier in (coin(0), nn.Sequential(coin(0)), PyTorchClassifier(coin(0), *art), behind):
+        with pytest.raises(ValueError, match=r"^classifier must draw new random numbers.*Coin"):
+            certify_smoothed(classifier, x, SIGMA, n=20)
+
+
+def test_a_module_is_evaluated_in_evaluation_mode_and_left_as_it_was():
+    model = nn.Sequential(nn.BatchNorm2d(1), Linear())
+    certify_smoothed(model, images(2), SIGMA, n=20)
+    assert model.training and model[0].num_batches_tracked == 0
+
+
+def test_nan_is_refused():
+    with pytest.raises(ValueError, match=r"^classifier returned NaN"):
+        certify_smoothed(lambda x: torch.full((len(x), 2), torch.nan), images(2), SIGMA, n=20)
+
+
 # Files
+
+
+def test_a_file_needs_a_name_for_the_classifier(tmp_path):
+    with pytest.raises(ValueError, match=r"^name must say"):
+        certify_smoothed(Linear(), images(), SIGMA, file=tmp_path / "certificates.json")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_stopped_certification_goes_on_where_it_was(tmp_path):
@@ -153,11 +205,11 @@ def test_a_stopped_certification_goes_on_where_it_was(tmp_path):
             return super().forward(x)
 
     with pytest.raises(KeyboardInterrupt):
-        certify_smoothed(Stopping(), x, SIGMA, n=50, file=file, batch_size=150)
+        certify_smoothed(Stopping(), x, SIGMA, n=50, file=file, name="a", batch_size=150)
     kept = len(json.loads(file.read_text())["images"])
     assert kept == 8
     calls = 20
-    assert equal(certify_smoothed(Stopping(), x, SIGMA, n=50, file=file, batch_size=150), expected)
+    assert equal(certify_smoothed(Stopping(), x, SIGMA, n=50, file=file, name="a", batch_size=150), expected)
     assert calls == 20 + 12
 
 
@@ -170,10 +222,18 @@ def test_a_stopped_certification_goes_on_where_it_was(tmp_path):
         ("seed", {"seed": 1}),
         ("images", {"x": images(seed=2)}),
         ("classifier", {"classifier": Linear(seed=3)}),
+        ("name", {"name": "b"}),
     ],
 )
 def test_a_file_of_other_arguments_is_refused_and_kept(tmp_path, name, change):
-    arguments = {"classifier": Linear(), "x": images(), "sigma": SIGMA, "n": 50, "file": tmp_path / "certificates.json"}
+    arguments = {
+        "classifier": Linear(),
+        "x": images(),
+        "sigma": SIGMA,
+        "n": 50,
+        "file": tmp_path / "certificates.json",
+        "name": "a",
+    }
     certify_smoothed(**arguments)
     before = arguments["file"].read_bytes()
     with pytest.raises(ValueError, match=rf"^file .* is of another {name}:"):
@@ -187,27 +247,27 @@ def test_a_file_of_another_denoiser_is_refused(tmp_path):
         return PyTorchClassifier(Linear(), nn.CrossEntropyLoss(), (1, 4, 4), 2, preprocessing_defences=denoiser)
 
     file = tmp_path / "certificates.json"
-    certify_smoothed(classifier(0.2), images(2), SIGMA, n=20, file=file)
+    certify_smoothed(classifier(0.2), images(2), SIGMA, n=20, file=file, name="a")
     with pytest.raises(ValueError, match=r"^file .* is of another classifier"):
-        certify_smoothed(classifier(0.3), images(2), SIGMA, n=20, file=file)
+        certify_smoothed(classifier(0.3), images(2), SIGMA, n=20, file=file, name="a")
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
     file = tmp_path / "notes.json"
     file.write_text("[1, 2]")
     with pytest.raises(ValueError, match=r"^file .* does not hold certificates"):
-        certify_smoothed(Linear(), images(), SIGMA, file=file)
+        certify_smoothed(Linear(), images(), SIGMA, file=file, name="a")
     assert file.read_text() == "[1, 2]"
 
 
 def test_overwriting_replaces_any_file(tmp_path):
     file = tmp_path / "certificates.json"
-    certify_smoothed(Linear(), images(), SIGMA, n=50, file=file)
+    certify_smoothed(Linear(), images(), SIGMA, n=50, file=file, name="a")
     expected = file.read_text()
     for before in ("[1, 2]", expected.replace(f'"sigma": {SIGMA}', '"sigma": 0.5')):
         assert before != expected
         file.write_text(before)
-        certify_smoothed(Linear(), images(), SIGMA, n=50, file=file, overwrite=True)
+        certify_smoothed(Linear(), images(), SIGMA, n=50, file=file, name="a", overwrite=True)
         assert file.read_text() == expected
 
 
@@ -219,7 +279,7 @@ from art_pixeldefend.evaluation.smoothing import certify_smoothed
 from art_pixeldefend.processes import process_group
 
 x = np.linspace(-1, 1, 21, dtype=np.float32)[:, None]
-found = certify_smoothed(lambda x: torch.cat([-x, x], 1), x, 0.25, n=100, file=sys.argv[1])
+found = certify_smoothed(lambda x: torch.cat([-x, x], 1), x, 0.25, n=100, file=sys.argv[1], name="a")
 np.save(f"{sys.argv[1]}.{process_group().rank}.npy", np.stack([found.selected, found.counts]))
 """
 
