@@ -60,14 +60,19 @@ def test_any_width_and_depth_is_taken(make_model, make_levels, filters, resnets,
     assert certify(model, x, greedy_decode(model, x, 20, "compiled"), 20).exact.all()
 
 
+def program_of(model):
+    """The program that is kept after decoding with a model."""
+    greedy_decode(model, np.zeros((1, *model.image_shape)), 16, "compiled")
+    return engine._programs[model][1]
+
+
 def test_programs_of_several_models_are_kept_and_freed_with_the_models(make_model):
     models = [make_model((1, 5, 5), seed) for seed in range(3)]
-    with torch.no_grad():
-        programs = [engine.program_of(model) for model in models]
-        assert [engine.program_of(model) for model in models] == programs
-        models[0].network.head.bias.add_(0.5)
-        assert engine.program_of(models[0]) is not programs[0]
-        assert [engine.program_of(model) for model in models[1:]] == programs[1:]
+    programs = [program_of(model) for model in models]
+    assert [program_of(model) for model in models] == programs
+    models[0].network.head.bias.data.add_(0.5)
+    assert program_of(models[0]) is not programs[0]
+    assert [program_of(model) for model in models[1:]] == programs[1:]
     freed = weakref.ref(programs.pop())
     del models
     gc.collect()
@@ -76,14 +81,25 @@ def test_programs_of_several_models_are_kept_and_freed_with_the_models(make_mode
 
 def test_a_change_of_any_parameter_is_seen(make_model):
     model = make_model((1, 2, 2))
-    with torch.no_grad():
-        program = engine.program_of(model)
-        for parameter in model.parameters():
-            parameter.data.view(-1)[-1] += 1.0  # which no version counter counts
-            changed = engine.program_of(model)
-            assert changed is not program
-            program = changed
-        assert engine.program_of(model) is program
+    program = program_of(model)
+    for parameter in model.parameters():
+        parameter.data.view(-1)[-1] += 1.0  # which no version counter counts
+        changed = program_of(model)
+        assert changed is not program
+        program = changed
+    assert program_of(model) is program
+
+
+def test_weights_that_are_mended_are_seen_after_an_error(make_model, make_levels):
+    model, x = make_model((1, 5, 5)), make_levels(2, (1, 5, 5))
+    expected = greedy_decode(model, x, 16, "compiled")
+    bias = model.network.head.bias.data.clone()
+    model.network.head.bias.data.fill_(torch.nan)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="finite"):
+            greedy_decode(model, x, 16, "compiled")
+    model.network.head.bias.data.copy_(bias)
+    np.testing.assert_array_equal(greedy_decode(model, x, 16, "compiled"), expected)
 
 
 def modules_compiled_in(function, found):

@@ -22,33 +22,40 @@ _lock = threading.Lock()
 _programs: WeakKeyDictionary[PixelCNNpp, tuple[Snapshot, Program]] = WeakKeyDictionary()
 
 
-def program_of(pixel_cnn: PixelCNNpp) -> Program:
-    """The program of a model with its current weights, kept while the model exists and its weights do not change."""
-    with _lock:
-        if pixel_cnn in _programs:
-            snapshot, program = _programs[pixel_cnn]
-            if snapshot.matches(pixel_cnn):
-                return program
-        program = Program(pixel_cnn)
-        _programs[pixel_cnn] = Snapshot(pixel_cnn), program
-        return program
-
-
 @torch.no_grad()
 def compiled_decode(pixel_cnn: PixelCNNpp, x: Tensor, eps: int) -> Tensor:
     """Purified levels (N, C, H, W) of levels ``x``, in as many threads as PyTorch uses.
 
-    A thread needs ``Program.stride`` bytes for each of the images, at most GROUP, that it decodes at a time.
+    The program of a model is kept while the model exists and its weights do not change. A thread needs
+    ``Program.stride`` bytes for each of the images, at most GROUP, that it decodes at a time.
 
     Raises:
         ValueError: if the network's outputs are not finite.
     """
     levels = x.cpu().contiguous().numpy()
-    purified = np.empty_like(levels)
-    if not len(levels):
-        return x.clone()
-    program, threads = program_of(pixel_cnn), torch.get_num_threads()
-    size = min(GROUP, -(-len(levels) // threads))
+    with _lock:
+        kept = _programs.get(pixel_cnn)
+    unchanged = False
+    if kept is not None:
+        # Comparing the weights takes a tenth of the time of a single image: it is done meanwhile.
+        with ThreadPoolExecutor(1) as pool:
+            comparison = pool.submit(kept[0].matches, pixel_cnn)
+            purified = _execute(kept[1], levels, eps)
+            unchanged = comparison.result()
+    if not unchanged:
+        made = Snapshot(pixel_cnn), Program(pixel_cnn)
+        with _lock:
+            _programs[pixel_cnn] = made
+        purified = _execute(made[1], levels, eps)
+    if purified is None:
+        raise not_finite()
+    return torch.from_numpy(purified).to(x.device)
+
+
+def _execute(program: Program, levels: np.ndarray, eps: int) -> np.ndarray | None:
+    """Purified levels (N, C, H, W), or None if the network's outputs are not finite."""
+    purified, threads = np.empty_like(levels), torch.get_num_threads()
+    size = max(1, min(GROUP, -(-len(levels) // threads)))
     groups = [slice(first, first + size) for first in range(0, len(levels), size)]
 
     def decode(group: slice) -> bool:
@@ -57,11 +64,9 @@ def compiled_decode(pixel_cnn: PixelCNNpp, x: Tensor, eps: int) -> Tensor:
         memory = program.weights.ctypes.data, program.layout, caches.ctypes.data, program.stride
         return decode_group(product, *tables, *memory, levels[group], eps, purified[group])
 
-    if len(groups) == 1:
-        finite = [decode(groups[0])]
+    if len(groups) <= 1:
+        finite = [decode(group) for group in groups]
     else:
         with ThreadPoolExecutor(min(threads, len(groups))) as pool:
             finite = list(pool.map(decode, groups))
-    if not all(finite):
-        raise not_finite()
-    return torch.from_numpy(purified).to(x.device)
+    return purified if all(finite) else None
