@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from art_pixeldefend.detectors import PixelDefendDetector
+    from art_pixeldefend.detectors import ConformalDetector, PixelDefendDetector
     from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
     from art_pixeldefend.models.pixelcnnpp.decoders import greedy_decode
     from art_pixeldefend.purifiers import (
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "AdaptivePixelDefend",
+    "ConformalDetector",
     "DeepImagePrior",
     "ManifoldProjection",
     "PixelCNNpp",
@@ -33,6 +34,7 @@ __all__ = [
 
 _MODULES = {
     "AdaptivePixelDefend": "purifiers",
+    "ConformalDetector": "detectors",
     "DeepImagePrior": "purifiers",
     "ManifoldProjection": "purifiers",
     "PixelCNNpp": "models.pixelcnnpp",

@@ -13,7 +13,7 @@ from art.utils import check_and_transform_label_format, get_labels_np_array
 from torch import Tensor
 
 from art_pixeldefend.attacks.budget import round_outwards, scalar_clip_values
-from art_pixeldefend.attacks.logits import differentiable_logits
+from art_pixeldefend.purifiers.logits import differentiable_logits
 from art_pixeldefend.validation import check_count, check_number
 
 SMOOTHER = 1.999999  # keeps atanh finite at both ends of the range, as in the authors' code

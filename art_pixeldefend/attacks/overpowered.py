@@ -15,11 +15,11 @@ from art.estimators.classification import PyTorchClassifier
 from torch import Tensor
 
 from art_pixeldefend.attacks.budget import scalar_clip_values
-from art_pixeldefend.attacks.logits import differentiable_logits
 from art_pixeldefend.attacks.training import frozen
 from art_pixeldefend.levels import as_tensor
 from art_pixeldefend.models.generator import Generator
 from art_pixeldefend.models.zoo import as_model
+from art_pixeldefend.purifiers.logits import differentiable_logits
 from art_pixeldefend.validation import check_count, check_number
 
 CHOICES = {

@@ -9,22 +9,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from art.defences.detector.evasion import EvasionDetector
 from torch import Tensor
 
-from art_pixeldefend.batches import map_batches
-from art_pixeldefend.detectors.conformal import conformal_p_values, least_calibration_images
-from art_pixeldefend.levels import ClipValues, Images, as_tensor, check_clip_values
+from art_pixeldefend.detectors.conformal_detector import ConformalDetector
+from art_pixeldefend.detectors.scores import Likelihood
+from art_pixeldefend.levels import ClipValues
 from art_pixeldefend.models import checkpoint
 from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
 from art_pixeldefend.models.zoo import as_model
-from art_pixeldefend.purifiers.parameters import all_or_none
-from art_pixeldefend.validation import check_count, check_number
+from art_pixeldefend.purifiers.base import BatchGenerator
 
 REFERENCES = ("calibration", "training")
 
 
-class PixelDefendDetector(EvasionDetector):
+class PixelDefendDetector(ConformalDetector):
     """Detect adversarial images by their likelihood (the permutation test of Song et al., ICLR 2018, section 3).
 
         p-value = (1 + number of calibration images with p(x_i) <= p(x)) / (N + 1)
@@ -85,14 +83,23 @@ class PixelDefendDetector(EvasionDetector):
         batch_size: int = 128,
         verbose: bool = False,
     ) -> None:
-        super().__init__()
-        self.pixel_cnn = as_model(pixel_cnn, PixelCNNpp, name="pixel_cnn")
-        self.clip_values: ClipValues = clip_values
-        self.alpha = alpha
-        self.batch_size, self.verbose = batch_size, verbose
+        self.pixel_cnn: PixelCNNpp = pixel_cnn  # type: ignore[assignment]  # _check_params loads it
         self.log_likelihoods: np.ndarray | None = None
         self.reference: str | None = None
-        self._check_params()
+        super().__init__(
+            (), alpha=alpha, ties="conservative", round_to_levels=True,
+            clip_values=clip_values, batch_size=batch_size, verbose=verbose,
+        )  # fmt: skip
+
+    @property
+    def calibration_scores(self) -> np.ndarray | None:  # type: ignore[override]
+        """Negative log-likelihoods (N, 1) of the images that it was fitted to."""
+        return None if self.log_likelihoods is None else -self.log_likelihoods[:, None]
+
+    @calibration_scores.setter
+    def calibration_scores(self, scores: np.ndarray | None) -> None:
+        self.log_likelihoods = None if scores is None else np.sort(-scores[:, 0])
+        self.reference = None
 
     def fit(
         self,
@@ -121,12 +128,9 @@ class PixelDefendDetector(EvasionDetector):
         """
         if reference not in REFERENCES:
             raise ValueError(f"reference must be one of {', '.join(REFERENCES)}, got {reference!r}")
-        levels = self._levels(x)
-        self._check_enough(len(levels))
-        scores = self._score(levels, batch_size)
-        if nan := int(np.isnan(scores).sum()):
-            raise ValueError(f"pixel_cnn must give numbers, got NaN for {nan} of {len(scores)} images")
-        self.log_likelihoods, self.reference = np.sort(scores), reference
+        self._check_params()
+        self._calibrate(x, batch_size, training=reference == "training")
+        self.reference = reference
 
     def detect(self, x: np.ndarray, batch_size: int | None = None, **kwargs: Any) -> tuple[dict, np.ndarray]:
         """Compute p-values of images, and flag those of at most ``alpha``.
@@ -144,19 +148,16 @@ class PixelDefendDetector(EvasionDetector):
             ValueError: if the detector has not been fitted, or naming ``x``, or ``alpha`` if it is too small for the
                 number of calibration images.
         """
-        if self.log_likelihoods is None:
-            raise ValueError("the detector must be fitted, with fit(x_calibration) or load(path), before it detects")
-        self._check_params()  # attributes may have been set
-        scores = self.score(x, batch_size)
-        p_values = conformal_p_values(-scores, -self.log_likelihoods)
+        report, is_adversarial = super().detect(x, batch_size)
+        log_likelihoods = -report["scores"][:, 0]
         report = {
-            "p_values": p_values,
-            "bits_per_dim": self._bits(scores),
-            "log_likelihoods": scores,
+            "p_values": report["p_values"],
+            "bits_per_dim": self._bits(log_likelihoods),
+            "log_likelihoods": log_likelihoods,
             "alpha": self.alpha,
             "reference": self.reference,
         }
-        return report, p_values <= self.alpha
+        return report, is_adversarial
 
     def score(self, x: np.ndarray, batch_size: int | None = None) -> np.ndarray:
         """Log-likelihoods (N,) of images, in nats, float64.
@@ -164,16 +165,8 @@ class PixelDefendDetector(EvasionDetector):
         Raises:
             ValueError: naming ``x``: a wrong shape, NaN or infinity, or values outside ``clip_values``.
         """
-        return self._score(self._levels(x), batch_size)
-
-    def _levels(self, x: Any) -> Tensor:
-        """Images as levels (N, C, H, W) on the model's device."""
-        tensor = x if isinstance(x, Tensor) else as_tensor(x)
-        return Images(self.pixel_cnn.image_shape, self.clip_values).to_levels(tensor).to(self.pixel_cnn.device)
-
-    def _score(self, levels: Tensor, batch_size: int | None) -> np.ndarray:
-        size = self.batch_size if batch_size is None else check_count("batch_size", batch_size)
-        return map_batches(self.pixel_cnn.log_prob, levels, size, verbose=self.verbose, what="score").cpu().numpy()
+        self._check_params()
+        return -self._score(*self._images(x), batch_size, seed=0)[:, 0]
 
     def bits_per_dim(self, x: np.ndarray, batch_size: int | None = None) -> np.ndarray:
         """Bits per dimension (N,) of images, float64.
@@ -216,31 +209,22 @@ class PixelDefendDetector(EvasionDetector):
         self.log_likelihoods = scores
         self.reference = header.get("reference", "training")  # files of version 0.1 hold those of training images
 
-    def set_params(self, **kwargs: Any) -> None:
-        """Set parameters by name. After a change of ``pixel_cnn``, :meth:`fit` or :meth:`load` again.
+    def _determining(self) -> dict[str, Any]:
+        return {"pixel_cnn": self.pixel_cnn}
 
-        Raises:
-            ValueError: naming the parameter that is not as described; all of them are left as they were.
-        """
-        with all_or_none(self):
-            if kwargs.get("pixel_cnn", self.pixel_cnn) is not self.pixel_cnn:
-                self.log_likelihoods = self.reference = None
-            super().set_params(**kwargs)
+    def _name(self, k: int) -> str:
+        return "pixel_cnn"
 
     def _check_params(self) -> None:
         self.pixel_cnn = as_model(self.pixel_cnn, PixelCNNpp, name="pixel_cnn")
-        self.clip_values = check_clip_values(self.clip_values)
-        self.batch_size = check_count("batch_size", self.batch_size)
-        self.alpha = check_number("alpha", self.alpha, high=1.0)
-        if not self.alpha:
-            raise ValueError("alpha must be above 0, or no image is ever flagged, got 0")
-        if not isinstance(self.verbose, bool):
-            raise ValueError(f"verbose must be a bool, got {self.verbose!r}")
-        count = None if self.log_likelihoods is None else len(self.log_likelihoods)
-        if count is not None and count < least_calibration_images(self.alpha):
-            raise ValueError(f"alpha must be at least 1/{count + 1} with {count} calibration images, got {self.alpha}")
+        self.scores = (_NegativeLogLikelihood(self.pixel_cnn),)
+        super()._check_params()
 
-    def _check_enough(self, count: int) -> None:
-        """With fewer images no p-value reaches ``alpha``."""
-        if count < (least := least_calibration_images(self.alpha)):
-            raise ValueError(f"x must hold at least {least} images for alpha {self.alpha:g}, got {count}")
+
+class _NegativeLogLikelihood(Likelihood):
+    """The negative log-likelihood in nats, in which files hold it."""
+
+    unit = "nats"
+
+    def score(self, x: Tensor, generator: BatchGenerator) -> Tensor:
+        return self.nats(x)

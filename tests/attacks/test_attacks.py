@@ -20,9 +20,9 @@ from art_pixeldefend.attacks import (
     unclipped,
 )
 from art_pixeldefend.attacks.budget import bim_steps, clip_to_ball
-from art_pixeldefend.attacks.logits import differentiable_logits
 from art_pixeldefend.attacks.training import frozen
 from art_pixeldefend.levels import from_levels, to_levels
+from art_pixeldefend.purifiers.logits import differentiable_logits
 
 
 def classifier(clip_values=(0.0, 1.0), seed=0, kind=PyTorchClassifier, **arguments):

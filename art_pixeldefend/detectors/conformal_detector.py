@@ -1,0 +1,445 @@
+"""A detector that calibrates one or several anomaly scores on clean images."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from art.defences.detector.evasion import EvasionDetector
+from scipy import stats
+from torch import Tensor
+
+from art_pixeldefend import datasets
+from art_pixeldefend.batches import map_batches
+from art_pixeldefend.detectors.conformal import (
+    COMBINATIONS,
+    CONDITIONS,
+    SIMULATIONS,
+    combine_p_values,
+    conditional_p_values,
+    conformal_p_values,
+    joint_p_values,
+    least_calibration_images,
+)
+from art_pixeldefend.detectors.scores import Score
+from art_pixeldefend.levels import ClipValues, Images, as_tensor, check_clip_values, from_levels
+from art_pixeldefend.models import checkpoint
+from art_pixeldefend.purifiers.parameters import all_or_none
+from art_pixeldefend.validation import check_count, check_number
+
+KIND = "conformal-detector"
+TIES = 2**62  # the stream of the numbers that order ties; those below belong to images
+RATES = ("bh", "storey", "by")
+STOREY = 0.5  # p-values above it estimate the share of clean images
+
+
+class ConformalDetector(EvasionDetector):
+    """Detect adversarial images by one or several scores, with the false-positive rate that is asked for.
+
+    Each score of an image is ranked among those of clean calibration images (split-conformal p-values, Vovk et al.
+    2005), and the p-values of all scores are combined into one. Images with p-values up to ``alpha`` are flagged. For
+    images that are exchangeable with the calibration images, and that no model was trained on, the false-positive rate
+    is at most ``alpha`` on average over calibration sets. Nothing is guaranteed about adversarial images.
+
+    Args:
+        scores: one or several :class:`~art_pixeldefend.detectors.Score`; their own ``seed`` has no effect here.
+        combine: how the p-values of several scores become one:
+
+            - ``"bonferroni"``, ``"harmonic"``: valid however the scores depend on each other.
+            - ``"cauchy"``: an approximation for small p-values, which can be too small for dependent scores.
+            - ``"joint"``: the ranks are combined into one score, which is calibrated as a whole. Valid however the
+              scores depend on each other, and less conservative than the first two.
+
+            See :func:`~art_pixeldefend.detectors.conformal.combine_p_values` and
+            :func:`~art_pixeldefend.detectors.conformal.joint_p_values`.
+        alpha: significance level, 0 < alpha <= 1.
+        two_sided: whether low scores are anomalous, too; for all scores, or one bool for each.
+        conditional: None, or ``"simes"``, ``"dkwm"`` or ``"monte-carlo"``: larger p-values, for which the
+            false-positive rate is at most ``alpha`` with probability 1 - ``delta`` over calibration sets, instead of on
+            average (Bates et al. 2023, arXiv:2104.08279). Not for ``"joint"``.
+        delta: the probability of a calibration set whose false-positive rate is larger than ``alpha``, if
+            ``conditional``. It is divided among the scores and their sides.
+        ties: ``"random"``: an image whose score equals that of calibration images gets a random rank among them, which
+            makes p-values of clean images uniform. ``"conservative"``: it gets the last of these ranks, as it always
+            does if ``conditional``.
+        round_to_levels: round images to 8-bit levels before they are scored, as saving them would.
+        clip_values: (minimum, maximum) of the images: levels 0 and 255.
+        batch_size: images scored at a time.
+        verbose: show progress bars.
+        seed: of ties and of stochastic scores: results are functions of the seed and an image's position in ``x``. None
+            draws a new seed from torch's global generator at each call.
+
+    Attributes:
+        calibration_scores: scores (N, K) of the calibration images; None before :meth:`fit`.
+
+    Raises:
+        ValueError: naming the argument that is not as described.
+
+    Example:
+        >>> from art_pixeldefend import datasets
+        >>> from art_pixeldefend.detectors import Likelihood, ScoreNorm
+        >>> data = datasets.load("digits")
+        >>> detector = ConformalDetector([Likelihood("digits"), ScoreNorm("digits-score")], clip_values=(0, 255))
+        >>> detector.fit(data.x_test[200:])
+        >>> noise = np.random.default_rng(0).integers(0, 256, (2, 1, 8, 8))
+        >>> report, is_adversarial = detector.detect(np.concatenate([data.x_test[:2], noise]))
+        >>> is_adversarial.tolist()
+        [False, False, True, True]
+        >>> report["p_values"].shape, report["score_p_values"].shape
+        ((4,), (4, 2))
+    """
+
+    defence_params = [
+        "scores", "combine", "alpha", "two_sided", "conditional", "delta", "ties", "round_to_levels", "clip_values",
+        "batch_size", "verbose", "seed",
+    ]  # fmt: skip
+    calibration_scores: np.ndarray | None
+
+    def __init__(
+        self,
+        scores: Score | Sequence[Score],
+        combine: str = "bonferroni",
+        alpha: float = 0.05,
+        *,
+        two_sided: bool | Sequence[bool] = False,
+        conditional: str | None = None,
+        delta: float = 0.1,
+        ties: str = "random",
+        round_to_levels: bool = False,
+        clip_values: ClipValues = (0.0, 1.0),
+        batch_size: int = 128,
+        verbose: bool = False,
+        seed: int | None = 0,
+    ) -> None:
+        super().__init__()
+        self.scores, self.combine, self.alpha, self.two_sided = scores, combine, alpha, two_sided
+        self.conditional, self.delta, self.ties, self.round_to_levels = conditional, delta, ties, round_to_levels
+        self.clip_values, self.batch_size, self.verbose, self.seed = clip_values, batch_size, verbose, seed
+        self.calibration_scores = None
+        self._check_params()
+
+    @property
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """(C, H, W) of the images; None for any shape."""
+        return next((score.image_shape for score in self._scores if score.image_shape is not None), None)
+
+    def fit(
+        self,
+        x: np.ndarray,
+        y: np.ndarray | None = None,
+        batch_size: int | None = None,
+        nb_epochs: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        """Score calibration images, with which later images are compared.
+
+        Args:
+            x: clean images (N, C, H, W) or (N, H, W, C) within ``clip_values`` that the scores' models were not trained
+                on; :meth:`art_pixeldefend.datasets.Dataset.calibration` gives suitable ones. There is a warning if they
+                are the training images of a model, as far as its provenance tells.
+            y: not used.
+            batch_size: images scored at a time, if not the detector's own.
+            nb_epochs: not used.
+
+        Raises:
+            ValueError: naming ``x``: too few to flag any at ``alpha``, a wrong shape, NaN or infinity, or values
+                outside ``clip_values``; or naming the score that gives NaN.
+        """
+        self._check_params()
+        self._calibrate(x, batch_size)
+
+    def _calibrate(self, x: Any, batch_size: int | None, training: bool = False) -> None:
+        """Take the scores of ``x`` for comparison; ``training`` says that they are known to be training images."""
+        images, tensor = self._images(x)
+        self._check_enough(len(tensor))
+        if not training:
+            self._warn_of_training_images(images, tensor)
+        scores = self._score(images, tensor, batch_size, self._call_seed(0))
+        for k in range(scores.shape[1]):
+            if nan := int(np.isnan(scores[:, k]).sum()):
+                raise ValueError(f"{self._name(k)} must give numbers, got NaN for {nan} of {len(scores)} images")
+        self.calibration_scores = scores
+
+    def detect(self, x: np.ndarray, batch_size: int | None = None, **kwargs: Any) -> tuple[dict, np.ndarray]:
+        """Compute p-values of images, and flag those of at most ``alpha``.
+
+        Args:
+            x: images (N, C, H, W) or (N, H, W, C) within ``clip_values``.
+            batch_size: images scored at a time, if not the detector's own.
+
+        Returns:
+            (report, is_adversarial): the report holds the combined ``p_values`` (N,), ``score_p_values`` (N, K) of each
+            score, ``scores`` (N, K) and the level ``alpha``; is_adversarial is boolean (N,). Images with a score of NaN
+            are flagged, with the least p-value that there is.
+
+        Raises:
+            ValueError: if the detector has not been fitted, or naming ``x``, or ``alpha`` if it is too small for the
+                number of calibration images.
+        """
+        report = self._report(x, batch_size)
+        return report | {"alpha": self.alpha}, (report["p_values"] <= self.alpha) | _any_nan(report["scores"])
+
+    def detect_batch(
+        self, x: np.ndarray, q: float = 0.1, method: str = "bh", batch_size: int | None = None
+    ) -> tuple[dict, np.ndarray]:
+        """Flag images of a batch such that at most a share ``q`` of the flagged ones is clean, on average.
+
+        Args:
+            x: images (N, C, H, W) or (N, H, W, C) within ``clip_values``.
+            q: the false discovery rate, 0 < q <= 1.
+            method: ``"bh"``: Benjamini-Hochberg. ``"storey"``: the same with an estimate of the share of clean images,
+                which flags more if many are adversarial. Both are proven for a single score (Bates et al. 2023,
+                arXiv:2104.08279), whose p-values depend on each other through the calibration images only.
+                ``"by"``: Benjamini-Yekutieli, for any dependence, and so for any combination of scores.
+            batch_size: images scored at a time, if not the detector's own.
+
+        Returns:
+            (report, is_adversarial): the report of :meth:`detect`, with ``q_values`` (N,), the least ``q`` for which an
+            image is flagged, and ``q`` in place of ``alpha``; is_adversarial is boolean (N,). Images with a score of
+            NaN are always flagged.
+
+        Raises:
+            ValueError: naming ``q`` or ``method``, or as :meth:`detect`.
+        """
+        q = check_number("q", q, high=1.0)
+        if not q:
+            raise ValueError("q must be above 0, or no image is ever flagged, got 0")
+        if method not in RATES:
+            raise ValueError(f"method must be one of {', '.join(RATES)}, got {method!r}")
+        report = self._report(x, batch_size)
+        p_values = report["p_values"]
+        q_values = p_values
+        if len(p_values):
+            q_values = stats.false_discovery_control(p_values, method="by" if method == "by" else "bh")
+        if method == "storey":
+            clean = (1 + (p_values > STOREY).sum()) / (max(len(p_values), 1) * (1 - STOREY))
+            q_values = np.minimum(q_values * min(clean, 1.0), 1.0)
+        return report | {"q_values": q_values, "q": q}, (q_values <= q) | _any_nan(report["scores"])
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the calibration images' scores as safetensors, with fingerprints of the scores and their models.
+
+        Raises:
+            ValueError: if the detector has not been fitted.
+            OSError: if the file cannot be written; nothing partial is left.
+        """
+        if self.calibration_scores is None:
+            raise ValueError("the detector must be fitted, with fit(x_calibration), before it is saved")
+        checkpoint.write(path, {"calibration_scores": torch.from_numpy(self.calibration_scores)}, self._header())
+
+    def load(self, path: str | PathLike[str]) -> None:
+        """Take the scores that :meth:`save` wrote, in place of :meth:`fit`. Nothing is unpickled.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is truncated, corrupted, something else, or of other scores or models, or holds too
+                few for ``alpha``.
+        """
+        self._check_params()
+        tensors, header = checkpoint.read(path)
+        if header.get("kind") != KIND or "calibration_scores" not in tensors:
+            raise ValueError(f"path {str(Path(path))!r} is not a file of a ConformalDetector")
+        expected = self._header()
+        if header.get("scores") != expected["scores"]:
+            raise ValueError(f"path {str(Path(path))!r} holds calibration scores of other scores or models")
+        if header.get("round_to_levels") != expected["round_to_levels"]:
+            raise ValueError(f"path {str(Path(path))!r} is of round_to_levels={header.get('round_to_levels')!r}")
+        scores = tensors["calibration_scores"].numpy()
+        self._check_enough(len(scores))
+        self.calibration_scores = scores
+
+    def _header(self) -> dict[str, Any]:
+        fingerprints = [score.fingerprint() for score in self._scores]
+        return {"kind": KIND, "scores": fingerprints, "round_to_levels": self.round_to_levels}
+
+    def set_params(self, **kwargs: Any) -> None:
+        """Set parameters by name. After a change of the scores, :meth:`fit` or :meth:`load` again.
+
+        Raises:
+            ValueError: naming the parameter that is not as described; all of them are left as they were.
+        """
+        with all_or_none(self):
+            if any(kwargs.get(name, before) is not before for name, before in self._determining().items()):
+                self.calibration_scores = None
+            super().set_params(**kwargs)
+
+    def _determining(self) -> dict[str, Any]:
+        """The parameters that the calibration images' scores depend on."""
+        return {"scores": self.scores, "round_to_levels": self.round_to_levels}
+
+    # Scores and p-values
+
+    @property
+    def _scores(self) -> tuple[Score, ...]:
+        return tuple(self.scores)  # type: ignore[arg-type]  # _check_params makes a tuple of it
+
+    def _name(self, k: int) -> str:
+        """The name of a score, for messages."""
+        return f"scores[{k}], {self._scores[k]!r},"
+
+    def _images(self, x: Any) -> tuple[Images, Tensor]:
+        """Check images; return their converter and the tensor."""
+        tensor = (x if isinstance(x, Tensor) else as_tensor(x)).detach()
+        images = Images(self.image_shape, self.clip_values)
+        if images.check(tensor):
+            got = f"{tensor.min().item():g} to {tensor.max().item():g}"
+            raise ValueError(f"x must be within clip_values {images.shown}, got {got}")
+        return images, tensor
+
+    def _score(self, images: Images, tensor: Tensor, batch_size: int | None, seed: int) -> np.ndarray:
+        """Scores (N, K), float64."""
+        size = self.batch_size if batch_size is None else check_count("batch_size", batch_size)
+        if not len(tensor):
+            return np.zeros((0, len(self._scores)))
+
+        def score(positions: Tensor) -> Tensor:
+            start = int(positions[0])
+            part = tensor[start : start + len(positions)]
+            if self.round_to_levels:
+                unit = from_levels(images.to_levels(part))
+            else:
+                unit = images.to_unit(part).clamp(0, 1).float()
+            values = [score(unit, start=start, seed=seed).double().cpu() for score in self._scores]
+            return torch.stack(values, dim=1)
+
+        with torch.no_grad():
+            return map_batches(score, torch.arange(len(tensor)), size, verbose=self.verbose, what="score").numpy()
+
+    def _report(self, x: Any, batch_size: int | None) -> dict[str, np.ndarray]:
+        """Scores and p-values of images."""
+        if self.calibration_scores is None:
+            raise ValueError("the detector must be fitted, with fit(x_calibration) or load(path), before it detects")
+        self._check_params()  # attributes may have been set
+        seed = self._call_seed(1)
+        scores = self._score(*self._images(x), batch_size, seed)
+        p_values, score_p_values = self._p_values(scores, seed)
+        return {"p_values": p_values, "score_p_values": score_p_values, "scores": scores}
+
+    def _p_values(self, scores: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Combined p-values (M,) and those of each score (M, K)."""
+        assert self.calibration_scores is not None
+        calibration, number = self.calibration_scores, scores.shape[1]
+        random: np.ndarray | None = None
+        if self.ties == "random" and not self.conditional:
+            random = np.random.default_rng([seed, TIES]).random((len(scores), number + 1))
+        each = np.empty_like(scores)
+        for k, two_sided in enumerate(self._sides):
+            column, of_calibration = scores[:, k], calibration[:, k]
+            if self.conditional:
+                each[:, k] = self._raise(conformal_p_values(column, of_calibration), len(calibration))
+                if two_sided:
+                    low = self._raise(conformal_p_values(-column, -of_calibration), len(calibration))
+                    each[:, k] = np.minimum(2 * np.minimum(each[:, k], low), 1.0)
+            else:
+                ties = None if random is None else random[:, k]
+                each[:, k] = conformal_p_values(column, of_calibration, two_sided=two_sided, ties=ties)
+        if self.combine == "joint":
+            combined = joint_p_values(scores, calibration, self._sides, None if random is None else random[:, -1])
+        else:
+            combined = combine_p_values(each, self.combine)
+        combined = np.where(_any_nan(scores), self._least_p_value(len(calibration)), combined)
+        return combined, each
+
+    def _raise(self, p_values: np.ndarray, count: int) -> np.ndarray:
+        """Calibration-conditional p-values; ``delta`` is divided among scores and sides."""
+        assert self.conditional is not None
+        return conditional_p_values(
+            p_values, count, self.delta / (len(self._sides) + sum(self._sides)), self.conditional
+        )
+
+    @property
+    def _sides(self) -> tuple[bool, ...]:
+        """For each score, whether low values are anomalous, too."""
+        return (self.two_sided,) * len(self._scores) if isinstance(self.two_sided, bool) else tuple(self.two_sided)
+
+    def _least_p_value(self, count: int) -> float:
+        """The least possible p-value with ``count`` calibration images: the least of every score, combined."""
+        least = np.array([[1 / (count + 1)]])
+        if self.combine == "joint":
+            return float(least[0, 0])
+        least = self._raise(least, count) if self.conditional else least
+        each = np.concatenate([np.minimum(least * (1 + two_sided), 1.0) for two_sided in self._sides], axis=1)
+        return float(combine_p_values(each, self.combine)[0])
+
+    def _call_seed(self, call: int) -> int:
+        """The seed of a call: different ones for calibration (0) and detection (1), whose numbers are independent."""
+        return int(torch.randint(2**62, ())) if self.seed is None else 2 * self.seed + call
+
+    # Checks
+
+    def _check_params(self) -> None:
+        scores = (self.scores,) if isinstance(self.scores, Score) else self.scores
+        if not isinstance(scores, (list, tuple)) or not scores or not all(isinstance(s, Score) for s in scores):
+            raise ValueError(f"scores must be one or several Score objects, got {scores!r}")
+        if not isinstance(self.scores, tuple):
+            self.scores = tuple(scores)
+        if len(shapes := {score.image_shape for score in scores} - {None}) > 1:
+            raise ValueError(f"scores must be of images of one shape, got {', '.join(map(str, sorted(shapes)))}")
+        if self.combine not in COMBINATIONS:
+            raise ValueError(f"combine must be one of {', '.join(COMBINATIONS)}, got {self.combine!r}")
+        if not isinstance(self.two_sided, bool):
+            sides = self.two_sided
+            if not isinstance(sides, (list, tuple)) or len(sides) != len(scores) or {*map(type, sides)} != {bool}:
+                raise ValueError(f"two_sided must be a bool, or one for each of {len(scores)} scores, got {sides!r}")
+        if self.conditional is not None and self.conditional not in CONDITIONS:
+            raise ValueError(f"conditional must be None or one of {', '.join(CONDITIONS)}, got {self.conditional!r}")
+        if self.conditional and self.combine == "joint":
+            raise ValueError('conditional must be None for combine="joint", which ranks images with each other')
+        self.delta = check_number("delta", self.delta, high=1.0)
+        parts = len(self._sides) + sum(self._sides)
+        if not 0 < self.delta < 1 or (self.conditional == "monte-carlo" and self.delta * (SIMULATIONS + 1) < parts):
+            least = f", at least {parts}/{SIMULATIONS + 1}" if self.conditional == "monte-carlo" else ""
+            raise ValueError(f"delta must be between 0 and 1{least}, got {self.delta:g}")
+        if self.ties not in ("random", "conservative"):
+            raise ValueError(f"ties must be random or conservative, got {self.ties!r}")
+        for name in ("round_to_levels", "verbose"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be a bool, got {getattr(self, name)!r}")
+        self.clip_values = check_clip_values(self.clip_values)
+        self.batch_size = check_count("batch_size", self.batch_size)
+        self.seed = None if self.seed is None else check_count("seed", self.seed, least=0)
+        self.alpha = check_number("alpha", self.alpha, high=1.0)
+        if not self.alpha:
+            raise ValueError("alpha must be above 0, or no image is ever flagged, got 0")
+        if self.calibration_scores is None:
+            return
+        count = len(self.calibration_scores)
+        if (least_p := self._least_p_value(count)) > self.alpha:
+            shown = f"1/{count + 1}" if least_p == 1 / (count + 1) else f"{least_p:.3g}"
+            raise ValueError(f"alpha must be at least {shown} with {count} calibration images, got {self.alpha}")
+
+    def _check_enough(self, count: int) -> None:
+        """With fewer images no p-value reaches ``alpha``."""
+        if not count or self._least_p_value(count) > self.alpha:
+            least = least_calibration_images(self.alpha, self._least_p_value)
+            raise ValueError(f"x must hold at least {least} images for alpha {self.alpha:g}, got {count}")
+
+    def _warn_of_training_images(self, images: Images, tensor: Tensor) -> None:
+        """Warn if the images are those that a model was trained on, by the fingerprint in its provenance."""
+        fingerprints = {print_ for score in self._scores for model in score.models() for print_ in _trained_on(model)}
+        if fingerprints and datasets.fingerprint(images.to_levels(tensor).cpu().numpy()) in fingerprints:
+            warnings.warn(
+                "x holds the images that a model of the scores was trained on; more clean images than alpha will be "
+                "flagged",
+                stacklevel=4,
+            )
+
+
+def _any_nan(scores: np.ndarray) -> np.ndarray:
+    """Whether any score of an image is NaN, (N,)."""
+    return np.isnan(scores).any(axis=1)
+
+
+def _trained_on(model: Any) -> set[str]:
+    """The fingerprints of the images that a model, and those it was started from, were trained on."""
+    provenance, found = model.provenance, set[str]()
+    while isinstance(provenance, Mapping):
+        if isinstance(value := provenance.get(datasets.FINGERPRINT), str):
+            found.add(value)
+        provenance = provenance.get("start")
+    return found
