@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 import io
 import os
 import secrets
@@ -14,6 +15,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
+
+TOKEN_BYTES = 8  # of the random part in the names of temporary files
 
 
 def write_atomically(path: str | PathLike[str], content: bytes | str) -> None:
@@ -63,7 +66,7 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    partial = _temporary(path, secrets.token_hex(TOKEN_BYTES))
     old = partial.with_suffix(".old")
     try:
         yield partial
@@ -79,6 +82,25 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
         raise
     _flush(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def temporary_folder(path: str | PathLike[str]) -> Iterator[Path]:
+    """Yield a new folder beside ``path``, which is removed at the end with all that it holds."""
+    folder = _temporary(Path(path).resolve(), secrets.token_hex(TOKEN_BYTES))
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_temporaries(path: str | PathLike[str]) -> None:
+    """Remove the temporary files and folders that killed processes have left while they wrote ``path``."""
+    path = Path(path).resolve()
+    pattern = _temporary(path.with_name(glob.escape(path.name)), "[0-9a-f]" * 2 * TOKEN_BYTES)
+    for found in list(path.parent.glob(pattern.name)):
+        found.unlink() if found.is_file() or found.is_symlink() else shutil.rmtree(found, ignore_errors=True)
 
 
 def check_file(path: str | PathLike[str], *, overwrite: bool = False) -> None:
@@ -144,6 +166,10 @@ def _descriptor(path: Path) -> int | None:
             break
         path = folder / path.readlink()
     return None
+
+
+def _temporary(path: Path, token: str) -> Path:
+    return path.with_name(f".{path.name}.{token}.partial")
 
 
 def _flush(path: Path) -> None:

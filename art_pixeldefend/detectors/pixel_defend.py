@@ -182,6 +182,8 @@ class PixelDefendDetector(ConformalDetector):
     def save(self, path: str | PathLike[str]) -> None:
         """Write the log-likelihoods of the images it was fitted to as safetensors, so that they are scored once.
 
+        An existing file is replaced.
+
         Raises:
             ValueError: if the detector has not been fitted.
             OSError: if the file cannot be written; nothing partial is left.

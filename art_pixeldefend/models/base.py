@@ -112,6 +112,8 @@ class ImageModel(nn.Module):
     def save(self, path: str | PathLike[str], dtype: torch.dtype | None = None) -> None:
         """Write a safetensors file with kind, configuration and provenance in its header, atomically.
 
+        An existing file is replaced.
+
         Args:
             path: the file to write.
             dtype: store floating-point tensors in this type; default: as they are. ``torch.float16`` halves the file

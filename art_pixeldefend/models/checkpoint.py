@@ -14,16 +14,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from art_pixeldefend.files import replacing
+from art_pixeldefend.files import replacing, temporary_folder
 
 FORMAT = 1
 RUN = "training-run"  # the kind of checkpoints; models have kinds of their own
 CHECKPOINT, METRICS, MODEL = "checkpoint.safetensors", "metrics.jsonl", "model.safetensors"  # the files of a run
+SAMPLES = "samples.png"  # another one, which the command line adds
 KEY = "art_pixeldefend"  # the metadata of safetensors maps strings to strings; the header is JSON under this key
 
 
 def write(path: str | PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write ``tensors`` and ``header`` to ``path``; the header gets an entry ``format``.
+    """Write ``tensors`` and ``header`` to ``path``; the header gets an entry ``format``. An existing file is replaced.
 
     Raises:
         TypeError: if the header holds values that JSON cannot represent.
@@ -31,11 +32,12 @@ def write(path: str | PathLike[str], tensors: Mapping[str, Tensor], header: Mapp
     """
     text = json.dumps({"format": FORMAT, **header})
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as partial:
+    with replacing(path) as partial, temporary_folder(path) as folder:
         partial.touch()
-        mode = partial.stat().st_mode
-        save_file(contiguous, partial, metadata={KEY: text})
-        partial.chmod(mode)  # safetensors makes files that only their owner can read
+        file = folder / partial.name
+        save_file(contiguous, file, metadata={KEY: text})  # leaves files of other names beside `file` if it is killed
+        file.chmod(partial.stat().st_mode)  # safetensors makes files that only their owner can read
+        file.replace(partial)
 
 
 def read(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:

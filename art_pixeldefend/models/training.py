@@ -30,10 +30,10 @@ from tqdm import tqdm
 from art_pixeldefend import __version__
 from art_pixeldefend.datasets import FINGERPRINT, fingerprint
 from art_pixeldefend.devices import bf16_pays
-from art_pixeldefend.files import check_file, write_atomically
+from art_pixeldefend.files import check_file, remove_temporaries, write_atomically
 from art_pixeldefend.models import checkpoint, zoo
 from art_pixeldefend.models.base import ImageModel
-from art_pixeldefend.models.checkpoint import CHECKPOINT, METRICS, MODEL
+from art_pixeldefend.models.checkpoint import CHECKPOINT, METRICS, MODEL, SAMPLES
 from art_pixeldefend.models.gradients import Gradients, all_reduce, gradients_of
 from art_pixeldefend.processes import ProcessGroup, process_group
 from art_pixeldefend.validation import check_count, check_device, check_number
@@ -239,9 +239,12 @@ def check_run_folder(folder: str | PathLike[str], *, resume: bool = False, overw
     if resume and overwrite:
         raise ValueError("resume=True and overwrite=True exclude each other")
     folder = Path(folder)
-    found = [name for name in (CHECKPOINT, MODEL, METRICS) if (folder / name).exists()]
-    if resume and MODEL in found and CHECKPOINT not in found:
-        raise ValueError(f"resume: {str(folder)!r} holds a finished model, but no {CHECKPOINT} to continue from")
+    found = [name for name in (CHECKPOINT, MODEL, METRICS, SAMPLES) if (folder / name).exists()]
+    if resume and CHECKPOINT not in found and (finished := [name for name in (MODEL, SAMPLES) if name in found]):
+        raise ValueError(
+            f"resume: {str(folder)!r} holds {' and '.join(finished)} of a finished model, but no {CHECKPOINT} to "
+            "continue from"
+        )
     if found and not resume and not overwrite:
         raise ValueError(
             f"{str(folder)!r} already holds a run ({', '.join(found)}): resume=True continues it, "
@@ -593,11 +596,10 @@ def _header(folder: Path, resume: bool, overwrite: bool) -> dict[str, Any] | Non
 def _clear(folder: Path, overwrite: bool) -> None:
     """Make the folder; remove temporary files of killed runs, and the files of a run that is to be replaced."""
     folder.mkdir(parents=True, exist_ok=True)
-    old = [folder / name for name in (CHECKPOINT, MODEL) if overwrite]
-    for pattern in (".*.partial", ".tmp??????"):  # of `replacing` and of safetensors
-        old += folder.glob(pattern)
-    for path in old:
-        path.unlink(missing_ok=True)
+    for name in (CHECKPOINT, MODEL, METRICS, SAMPLES):
+        remove_temporaries(folder / name)
+        if overwrite and name != METRICS:  # which is written anew at once
+            (folder / name).unlink(missing_ok=True)
 
 
 def _copy_weights(start: ImageModel, model: ImageModel) -> None:

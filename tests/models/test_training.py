@@ -303,7 +303,7 @@ def test_sigterm_writes_a_checkpoint_before_it_takes_effect(images, tmp_path, mo
 # Folders that hold a run
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "metrics.jsonl", "checkpoint.safetensors"])
+@pytest.mark.parametrize("name", ["model.safetensors", "metrics.jsonl", "checkpoint.safetensors", "samples.png"])
 def test_a_folder_with_a_run_in_it_is_refused_and_left_as_it_is(name, images, tmp_path):
     (tmp_path / name).write_text("precious")
     with pytest.raises(ValueError, match=r"resume=True continues it, overwrite=True replaces it"):
@@ -318,15 +318,30 @@ def test_a_run_is_replaced_if_that_is_asked_for(images, copy):
 
 
 def test_temporary_files_of_killed_runs_are_removed_and_others_are_not(images, tmp_path):
-    for name in (".checkpoint.safetensors.0123.partial", ".tmpA1b2C3", "notes.txt", ".hidden"):
+    others = {
+        "notes.txt", ".hidden", ".tmpnotes1", ".thesis.partial", ".checkpoint.safetensors.partial",
+        ".thesis.00112233445566ff.partial", "checkpoint.safetensors.0123456789abcdef.partial",
+    }  # fmt: skip
+    for name in others | {f".{name}.0123456789abcdef.partial" for name in ("metrics.jsonl", "model.safetensors")}:
         (tmp_path / name).write_text("")
+    for name in (".tmpfolde", ".checkpoint.safetensors.0123456789abcdef.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".tmpA1b2C3").write_text("")
     train(*images, tmp_path, replace(SMALL, steps=1))
     names = {file.name for file in tmp_path.iterdir()} - {
         "model.safetensors",
         "metrics.jsonl",
         "checkpoint.safetensors",
     }
-    assert names == {"notes.txt", ".hidden"}
+    assert names == others | {".tmpfolde"}
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": True}])
+def test_samples_in_a_folder_without_a_run_are_left_as_they_are(options, images, tmp_path):
+    (tmp_path / "samples.png").write_text("precious")
+    with pytest.raises(ValueError, match=r"samples\.png"):
+        train(*images, tmp_path, **options)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"samples.png": "precious"}
 
 
 def test_a_finished_model_is_not_replaced_by_a_run_that_begins_anew(images, copy):
