@@ -31,7 +31,8 @@ class AdaptiveStep:
         delta: length of the finite difference in units of g; it needs float32.
         stop: the step size at which an image stops.
         smallest, largest: bounds of the step sizes.
-        detach: differentiate with the step sizes held constant.
+        detach: hold the step sizes constant in the backward pass. That takes less time, but the gradient is then an
+            approximation, and an attack with it can make the defence look stronger than it is.
 
     Raises:
         ValueError: naming the argument that is not as described.
@@ -42,7 +43,7 @@ class AdaptiveStep:
     stop: float = 1e-3
     smallest: float = 1e-5
     largest: float = 0.1
-    detach: bool = True
+    detach: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rate", "delta", "largest"):

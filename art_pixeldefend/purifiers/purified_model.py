@@ -18,9 +18,13 @@ class PurifiedModel(nn.Module):
 
     It makes a purifier usable from tools that take a plain PyTorch model, and inside ``PyTorchClassifier``, where it
     gives attacks the gradients of expectation over transformation (EOT, Athalye et al. 2018, arXiv:1707.07397).
-    Gradients pass through the purifier as its ``gradient`` argument says; if its ``seed`` is an integer, every call
-    draws the same numbers, and the module is deterministic. The purifier's ``clip_values``,
-    ``apply_fit`` and ``apply_predict`` have no effect here: images are in [0, 1] and always purified.
+    Gradients pass through the purifier as its ``gradient`` argument says; second derivatives and ``torch.func`` are not
+    supported. The purifier's ``clip_values``, ``apply_fit`` and ``apply_predict`` have no effect here: images are in
+    [0, 1] and always purified.
+
+    For evaluation use a purifier with ``seed=None``. With an integer, an image's draws depend on its position in the
+    call, so that results change with the batches that a tool forms (AutoAttack, for example, drops images that it has
+    fooled), and an attack can learn the draws.
 
     Args:
         model: a module from images in [0, 1], (N, C, H, W), to logits (N, classes).
@@ -58,7 +62,8 @@ class PurifiedModel(nn.Module):
             raise ValueError(f"combine must be one of {', '.join(COMBINATIONS)}, got {combine!r}")
         self.model = model
         self.purifier = purifier
-        self.purifier_model = purifier.model if isinstance(purifier.model, nn.Module) else None
+        if isinstance(purifier.model, nn.Module):
+            self.add_module("purifier_model", purifier.model)
         self.runs = check_count("runs", runs)
         self.combine = combine
 
@@ -68,6 +73,10 @@ class PurifiedModel(nn.Module):
         Raises:
             ValueError: naming ``x``, as :meth:`Purifier.forward`, or if it holds integers.
         """
+        if self._modules.get("purifier_model") is not (
+            self.purifier.model if isinstance(self.purifier.model, nn.Module) else None
+        ):
+            raise RuntimeError("the purifier's model was replaced: make a new PurifiedModel")
         if not x.is_floating_point():
             raise ValueError(f"x must hold floating-point values in [0, 1], got dtype {x.dtype}")
         runs = self.runs if self.purifier.stochastic else 1

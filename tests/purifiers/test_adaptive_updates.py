@@ -118,6 +118,18 @@ def test_gradients_equal_those_of_the_plain_graph(detach):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
+def test_gradients_of_the_default_rule_are_exact():
+    torch.manual_seed(0)
+    weight = torch.randn(16, 16, dtype=torch.float64) / 8
+    x = torch.randn(2, 1, 4, 4, dtype=torch.float64, requires_grad=True)
+
+    def moved(x):
+        direction = lambda x: torch.tanh(x.flatten(1) @ weight).reshape(x.shape) - x  # noqa: E731
+        return adaptive_updates(x, direction, 3, AdaptiveStep(rate=0.5, largest=10))[0]
+
+    assert torch.autograd.gradcheck(moved, x, eps=1e-6, rtol=1e-3, atol=1e-6)
+
+
 def test_gradients_are_finite_where_images_stop_or_have_no_direction():
     x = torch.tensor([0.0, 1.0, 2.0]).reshape(3, 1, 1, 1).requires_grad_()
     moved, _ = adaptive_updates(x, lambda x: -x, 3, AdaptiveStep(detach=False))

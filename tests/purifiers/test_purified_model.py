@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from art_pixeldefend import PixelDefend, PurifiedModel
+from art_pixeldefend import PixelCNNpp, PixelDefend, PurifiedModel
 from art_pixeldefend.purifiers import Purifier
 from art_pixeldefend.purifiers.purified_model import COMBINATIONS, combined
 
@@ -229,3 +229,13 @@ def test_impossible_arguments_are_refused_by_name(name, arguments):
 def test_integer_images_are_refused_by_name():
     with pytest.raises(ValueError, match=r"^x must"):
         PurifiedModel(network(), Smooth())(torch.zeros(2, *SHAPE, dtype=torch.uint8))
+
+
+def test_a_purifier_whose_model_was_replaced_is_refused():
+    x = torch.rand(2, 1, 8, 8)
+    purifier = PixelDefend(eps=8, pixel_cnn="digits")
+    robust = PurifiedModel(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), purifier)
+    robust(x)
+    purifier.set_params(pixel_cnn=PixelCNNpp((1, 8, 8), filters=4, resnets=1))
+    with pytest.raises(RuntimeError, match="model was replaced"):
+        robust(x)
