@@ -174,7 +174,8 @@ class Purifier(PreprocessorPyTorch):
             ``"exact"`` differentiates the computation, with the random numbers of the forward pass. For more images
             than ``batch_size`` it computes each batch again in the backward pass instead of keeping all activations.
         seed: of the random numbers. None draws a new one from torch's global generator at each call; with an integer,
-            the result is a function of the seed and an image's position in the input, whatever ``batch_size``.
+            the result is a function of the seed and an image's position in the input, whatever ``batch_size``, up to
+            rounding.
         device_type: ``"gpu"`` or ``"cpu"``: where a model that is loaded by path or name goes. A model that is passed
             stays where it is.
 
