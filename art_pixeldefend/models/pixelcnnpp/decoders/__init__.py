@@ -1,4 +1,4 @@
-"""Finding the purified image: every engine gives exactly what Algorithm 1 gives."""
+"""Decoders: engines that find the image of PixelDefend's Algorithm 1, a check of their results, and sampling."""
 
 from art_pixeldefend.models.pixelcnnpp.decoders.certify import Certificate, certify
 from art_pixeldefend.models.pixelcnnpp.decoders.decode import ENGINES, choose_engine, greedy_decode, sample

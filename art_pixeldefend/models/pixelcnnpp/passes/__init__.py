@@ -1,1 +1,1 @@
-"""Forward and backward passes of the network's blocks, fused: Numba on a CPU, Triton on an NVIDIA GPU."""
+"""Fused forward and backward passes of the network's blocks: Numba on a CPU, Triton on an NVIDIA GPU."""

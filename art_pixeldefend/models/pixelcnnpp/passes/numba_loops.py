@@ -1,8 +1,8 @@
-"""The loops of :mod:`~art_pixeldefend.models.pixelcnnpp.passes.fused`, compiled by Numba.
+"""The operations of :mod:`~art_pixeldefend.models.pixelcnnpp.passes.fused` on a CPU, as loops compiled by Numba.
 
-A compiler vectorises what it can count: each loop is compiled for one number of feature maps, and for float32 or
-bfloat16, which is read as its bits in uint16 and computed in float32. The loops take addresses, because every array
-that NumPy wraps around a tensor costs more than the smallest of them.
+Each loop is compiled for one number of feature maps, because the compiler vectorises loops of known length best, and
+for float32 or bfloat16, which is passed as its bits in uint16 and computed in float32. The loops take addresses,
+because wrapping a tensor in a NumPy array takes longer than the shortest of them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from art_pixeldefend.models.pixelcnnpp.compilation import jit
 
-CHANCES = 1 << 16  # a dropout's probability is rounded to a multiple of 1 / CHANCES: one hash serves two numbers
+STEPS = 1 << 16  # dropout probabilities are multiples of 1 / STEPS: one 32-bit hash serves two numbers
 
-Chance = tuple[np.uint32, np.float32, np.uint32, np.uint32]  # drop, scale, two seeds
+Dropout = tuple[np.uint32, np.float32, np.uint32, np.uint32]  # threshold of the hashes, scale, two seeds
 Padding = tuple[int, int, int, int]  # left, right, top, bottom
 
 _f, _i, _u = np.float32, np.int32, np.uint32
@@ -46,20 +46,20 @@ def pointer(context, address):
     )
 
 
-# Numbers in memory are float32, or bfloat16 as bits. Overloads rather than arguments of the loops' makers: Numba
-# finds a loop in its cache on disk only if its closure holds no other compiled function.
+# Numbers in memory are float32, or bfloat16 as bits. These are overloads, not arguments of the functions that make the
+# loops, because Numba's cache on disk fails for a loop with another compiled function in its closure.
 
 
 def _load(number):
-    """The number, as float32."""
+    """The number as float32."""
 
 
 def _store(x, number):
-    """The float32 ``x`` as the kind of number that ``number`` is."""
+    """The float32 number ``x`` in the type of ``number``."""
 
 
 def _minus(number):
-    """The number with its sign changed, of the same kind."""
+    """The number with its sign changed, in its own type."""
 
 
 @overload(_load, inline="always")
@@ -93,7 +93,7 @@ NUMBERS = {torch.float32: np.float32, torch.bfloat16: np.uint16}
 
 @njit(inline="always")
 def exp(x):
-    """exp of x <= 0 to two units in the last place; Cephes' polynomial."""
+    """exp of x <= 0 to two units in the last place, by the polynomial of the Cephes library."""
     x = _f(-87.0) if x < _f(-87.0) else x  # in this order NaN stays NaN
     n = np.floor(x * _f(1.4426950408889634) + _f(0.5))
     r = x - n * _f(0.693359375) + n * _f(2.12194440e-4)
@@ -114,7 +114,7 @@ def _sigmoid(x):
 
 @njit(inline="always")
 def _hash(number, seed, other_seed):
-    """32 bits that look random, of a number in the sequence of two seeds: the multiplications of "lowbias32"."""
+    """32 pseudo-random bits for a number, given two seeds: the hash "lowbias32"."""
     h = _u(_u(number) * _u(other_seed | _u(1)) + seed)
     h = _u((h ^ (h >> _u(16))) * _u(0x7FEB352D))
     h = _u((h ^ (h >> _u(15))) * _u(0x846CA68B))
@@ -148,21 +148,21 @@ class ActivationLoops(NamedTuple):
     """Compiled for one number of feature maps F and one dtype.
 
     Arguments are addresses of x (N, H, W, F), of concat_elu(x) with its padding (N, H', W', 2 F), and of their
-    gradients; the size (N, H, W); the padding (left, right, top, bottom); and the chance of a dropout: (hashes below
+    gradients; the size (N, H, W); the padding (left, right, top, bottom); and a dropout: (threshold of the hashes below
     which a number is dropped, factor of the others, two seeds).
     """
 
     concat_elu: Callable  # x, y, size, padding
     concat_elu_backward: Callable  # y, gradient of y, gradient of x, size, padding
-    dropped: Callable  # the same with dropout: .., chance
-    dropped_backward: Callable
+    concat_elu_dropout: Callable  # the same with dropout: .., dropout
+    concat_elu_dropout_backward: Callable
     gate: Callable  # x, (a, b), y, pixels
     gate_backward: Callable  # (a, b), gradient of y, gradient of (a, b), pixels
 
 
 @lru_cache
 def activation_loops(filters: int, dtype: torch.dtype) -> ActivationLoops:
-    """The loops for activations of ``filters`` feature maps."""
+    """Compile the loops for activations of ``filters`` feature maps."""
     number = NUMBERS[dtype]
     compiled = jit(fastmath={"contract"})
 
@@ -197,11 +197,11 @@ def activation_loops(filters: int, dtype: torch.dtype) -> ActivationLoops:
                         target[c] = _store(up - down, target[c])
 
     @compiled
-    def dropped(x, y, size, padding, chance):
+    def concat_elu_dropout(x, y, size, padding, dropout):
         x, y = _views(x, y, size, padding, filters, number)
         _zero_frame(y, size, padding, number)
         left, top = padding[0], padding[2]
-        drop, scale, seed, other_seed = chance
+        threshold, scale, seed, other_seed = dropout
         for n in range(size[0]):
             for i in range(size[1]):
                 for j in range(size[2]):
@@ -212,15 +212,17 @@ def activation_loops(filters: int, dtype: torch.dtype) -> ActivationLoops:
                         e = exp(-abs(v)) - _f(1.0)
                         h = _hash(first + c, seed, other_seed)
                         up, down = (v if v > _f(0.0) else e) * scale, (e if v > _f(0.0) else -v) * scale
-                        target[c] = _store(up if (h & _u(0xFFFF)) >= drop else _f(0.0), target[c])
-                        target[filters + c] = _store(down if (h >> _u(16)) >= drop else _f(0.0), target[filters + c])
+                        target[c] = _store(up if (h & _u(0xFFFF)) >= threshold else _f(0.0), target[c])
+                        target[filters + c] = _store(
+                            down if (h >> _u(16)) >= threshold else _f(0.0), target[filters + c]
+                        )
 
     @compiled
-    def dropped_backward(y, gradient, result, size, padding, chance):
+    def concat_elu_dropout_backward(y, gradient, result, size, padding, dropout):
         result, gradient = _views(result, gradient, size, padding, filters, number)
         _, y = _views(0, y, size, padding, filters, number)
         left, top = padding[0], padding[2]
-        drop, scale, seed, other_seed = chance
+        threshold, scale, seed, other_seed = dropout
         for n in range(size[0]):
             for i in range(size[1]):
                 for j in range(size[2]):
@@ -230,8 +232,8 @@ def activation_loops(filters: int, dtype: torch.dtype) -> ActivationLoops:
                         h = _hash(first + c, seed, other_seed)
                         up = _load(g[c]) * (scale + min(_load(source[c]), _f(0.0)))
                         down = _load(g[filters + c]) * (scale + min(_load(source[filters + c]), _f(0.0)))
-                        up = up if (h & _u(0xFFFF)) >= drop else _f(0.0)
-                        down = down if (h >> _u(16)) >= drop else _f(0.0)
+                        up = up if (h & _u(0xFFFF)) >= threshold else _f(0.0)
+                        down = down if (h >> _u(16)) >= threshold else _f(0.0)
                         target[c] = _store(up - down, target[c])
 
     @compiled
@@ -253,12 +255,14 @@ def activation_loops(filters: int, dtype: torch.dtype) -> ActivationLoops:
                 result[p, 0, c] = _store(g * s, result[p, 0, c])
                 result[p, 1, c] = _store(g * _load(ab[p, 0, c]) * s * (_f(1.0) - s), result[p, 1, c])
 
-    return ActivationLoops(concat_elu, concat_elu_backward, dropped, dropped_backward, gate, gate_backward)
+    return ActivationLoops(
+        concat_elu, concat_elu_backward, concat_elu_dropout, concat_elu_dropout_backward, gate, gate_backward
+    )
 
 
 @lru_cache
 def weight_loops(dtype: torch.dtype) -> tuple[Callable, Callable]:
-    """Weight normalisation and its gradients, for weights (O, R) of ``dtype`` from float32 parameters."""
+    """Compile weight normalisation, and its gradients, of weights (O, R) in ``dtype`` from float32 parameters."""
     number = NUMBERS[dtype]
     compiled = jit(fastmath={"contract", "reassoc"})
 
@@ -292,31 +296,31 @@ def weight_loops(dtype: torch.dtype) -> tuple[Callable, Callable]:
     return forward, backward
 
 
-# The same on tensors in the channels-last layout
+# The operations on tensors in the channels-last layout
 
 
-def chance(probability: float, like: Tensor) -> Chance:
-    """A dropout whose seeds are of torch's generator: its seed determines the run."""
-    drop = min(round(probability * CHANCES), CHANCES - 1)
+def new_dropout(probability: float, like: Tensor) -> Dropout:
+    """A dropout with seeds from PyTorch's generator."""
+    threshold = min(round(probability * STEPS), STEPS - 1)
     seeds = torch.randint(1 << 32, (2,)).tolist()
-    return np.uint32(drop), np.float32(CHANCES / (CHANCES - drop)), np.uint32(seeds[0]), np.uint32(seeds[1])
+    return np.uint32(threshold), np.float32(STEPS / (STEPS - threshold)), np.uint32(seeds[0]), np.uint32(seeds[1])
 
 
-def concat_elu(x: Tensor, y: Tensor, padding: Padding, dropout: Chance | None) -> None:
-    """``y`` (N, 2 F, H', W') = concat_elu of ``x`` (N, F, H, W), zeros around it."""
+def concat_elu(x: Tensor, y: Tensor, padding: Padding, dropout: Dropout | None) -> None:
+    """``y`` (N, 2 F, H', W') = concat_elu of ``x`` (N, F, H, W), padded with zeros."""
     loops, size = activation_loops(x.shape[1], x.dtype), (len(x), *x.shape[2:])
     if dropout:
-        loops.dropped(x.data_ptr(), y.data_ptr(), size, padding, dropout)
+        loops.concat_elu_dropout(x.data_ptr(), y.data_ptr(), size, padding, dropout)
     else:
         loops.concat_elu(x.data_ptr(), y.data_ptr(), size, padding)
 
 
-def concat_elu_backward(y: Tensor, gradient: Tensor, result: Tensor, padding: Padding, dropout: Chance | None) -> None:
-    """``result`` (N, F, H, W): the gradient of what ``y`` was made of."""
+def concat_elu_backward(y: Tensor, gradient: Tensor, result: Tensor, padding: Padding, dropout: Dropout | None) -> None:
+    """``result`` (N, F, H, W) = gradient of the input, given the output ``y`` and its gradient."""
     loops, size = activation_loops(result.shape[1], y.dtype), (len(result), *result.shape[2:])
     addresses = (y.data_ptr(), gradient.data_ptr(), result.data_ptr())
     if dropout:
-        loops.dropped_backward(*addresses, size, padding, dropout)
+        loops.concat_elu_dropout_backward(*addresses, size, padding, dropout)
     else:
         loops.concat_elu_backward(*addresses, size, padding)
 
@@ -328,7 +332,7 @@ def gate(x: Tensor, ab: Tensor, y: Tensor) -> None:
 
 
 def gate_backward(ab: Tensor, gradient: Tensor, result: Tensor) -> None:
-    """``result``: the gradient of ``ab``."""
+    """``result`` = gradient of ``ab``."""
     filters = gradient.shape[1]
     backward = activation_loops(filters, ab.dtype).gate_backward
     backward(ab.data_ptr(), gradient.data_ptr(), result.data_ptr(), gradient.numel() // filters)
@@ -343,7 +347,7 @@ def weight_norm(direction: Tensor, gain: Tensor, norms: Tensor, weight: Tensor) 
 def weight_norm_backward(
     direction: Tensor, gain: Tensor, norms: Tensor, gradient: Tensor, of_direction: Tensor, of_gain: Tensor
 ) -> None:
-    """The gradients of v and g."""
+    """``of_direction`` and ``of_gain`` = gradients of v and g."""
     size = len(direction), direction.numel() // len(direction)
     tensors = (direction, gain, norms, gradient, of_direction, of_gain)
     weight_loops(gradient.dtype)[1](*(x.data_ptr() for x in tensors), size)

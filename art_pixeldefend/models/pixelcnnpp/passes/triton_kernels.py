@@ -1,7 +1,7 @@
-"""The passes of :mod:`~art_pixeldefend.models.pixelcnnpp.passes.fused` on a GPU, in Triton.
+"""The operations of :mod:`~art_pixeldefend.models.pixelcnnpp.passes.fused` on a GPU, as Triton kernels.
 
-Under ``TRITON_INTERPRET=1`` they run on a CPU as well, slowly. Tensors are float32 or bfloat16 in the channels-last
-layout; sums are float32.
+Tensors are float32 or bfloat16 in the channels-last layout; sums are float32. With ``TRITON_INTERPRET=1`` in the
+environment the kernels run on a CPU as well, slowly.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHANCES = 1 << 16  # a dropout's probability is rounded to a multiple of 1 / CHANCES: one hash serves two numbers
-BLOCK = 1024  # numbers a program
+STEPS = 1 << 16  # dropout probabilities are multiples of 1 / STEPS: one 32-bit hash serves two numbers
+BLOCK = 1024  # numbers per program
 
 
-class Chance(NamedTuple):
-    """A dropout: hashes below ``drop`` drop a number, ``scale`` is the factor of the others."""
+class Dropout(NamedTuple):
+    """A dropout: numbers with a hash below ``threshold`` are dropped, the others multiplied by ``scale``."""
 
-    drop: int
+    threshold: int
     scale: float
-    seeds: Tensor  # two, in the GPU's memory: a CUDA graph draws new ones whenever it is launched
+    seeds: Tensor  # two, on the GPU, so that a CUDA graph draws new ones whenever it is launched
 
 
-def chance(probability: float, like: Tensor) -> Chance:
-    """A dropout whose seeds are of torch's generator: its seed determines the run."""
-    drop = min(round(probability * CHANCES), CHANCES - 1)
-    return Chance(drop, CHANCES / (CHANCES - drop), torch.randint(1 << 31, (2,), device=like.device))
+def new_dropout(probability: float, like: Tensor) -> Dropout:
+    """A dropout with seeds from PyTorch's generator."""
+    threshold = min(round(probability * STEPS), STEPS - 1)
+    return Dropout(threshold, STEPS / (STEPS - threshold), torch.randint(1 << 31, (2,), device=like.device))
 
 
 @triton.jit
 def _hash(number, seeds):
-    """32 bits that look random: the multiplications of "lowbias32"."""
+    """32 pseudo-random bits for a number, given two seeds: the hash "lowbias32"."""
     h = number.to(tl.uint32) * (tl.load(seeds + 1).to(tl.uint32) * 2 + 1) + tl.load(seeds).to(tl.uint32)
     h = (h ^ (h >> 16)) * 0x7FEB352D
     h = (h ^ (h >> 15)) * 0x846CA68B
@@ -55,68 +55,72 @@ def sigmoid(v):
 
 @triton.jit
 def _concat_elu(
-    x, y, seeds, count, drop, scale,
-    F: tl.constexpr, H: tl.constexpr, W: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
-    LEFT: tl.constexpr, TOP: tl.constexpr, DROPPED: tl.constexpr, BLOCK: tl.constexpr
+    x, y, seeds, count, threshold, scale,
+    F: tl.constexpr, H: tl.constexpr, W: tl.constexpr, PADDED_H: tl.constexpr, PADDED_W: tl.constexpr,
+    LEFT: tl.constexpr, TOP: tl.constexpr, DROPOUT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    place, c = i // F, i % F
-    column, row, n = place % WIDE - LEFT, place // WIDE % TALL - TOP, place // (WIDE * TALL)
+    position, c = i // F, i % F
+    column, row, n = (
+        position % PADDED_W - LEFT,
+        position // PADDED_W % PADDED_H - TOP,
+        position // (PADDED_W * PADDED_H),
+    )
     inside = (i < count) & (row >= 0) & (row < H) & (column >= 0) & (column < W)
     source = ((n * H + row) * W + column) * F + c
     up, down = elus(tl.load(x + source, mask=inside, other=0).to(tl.float32))
-    if DROPPED:
+    if DROPOUT:
         h = _hash(source, seeds)
-        up = tl.where((h & 0xFFFF) >= drop, up * scale, 0.0)
-        down = tl.where((h >> 16) >= drop, down * scale, 0.0)
-    target = y + place * (2 * F) + c
+        up = tl.where((h & 0xFFFF) >= threshold, up * scale, 0.0)
+        down = tl.where((h >> 16) >= threshold, down * scale, 0.0)
+    target = y + position * (2 * F) + c
     tl.store(target, up.to(y.dtype.element_ty), mask=i < count)
     tl.store(target + F, down.to(y.dtype.element_ty), mask=i < count)
 
 
 @triton.jit
 def _concat_elu_backward(
-    y, gradient, result, seeds, count, drop, scale,
-    F: tl.constexpr, H: tl.constexpr, W: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
-    LEFT: tl.constexpr, TOP: tl.constexpr, DROPPED: tl.constexpr, BLOCK: tl.constexpr
+    y, gradient, result, seeds, count, threshold, scale,
+    F: tl.constexpr, H: tl.constexpr, W: tl.constexpr, PADDED_H: tl.constexpr, PADDED_W: tl.constexpr,
+    LEFT: tl.constexpr, TOP: tl.constexpr, DROPOUT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    there = i < count
-    place, c = i // F, i % F
-    column, row, n = place % W + LEFT, place // W % H + TOP, place // (W * H)
-    padded = ((n * TALL + row) * WIDE + column) * (2 * F) + c
+    mask = i < count
+    position, c = i // F, i % F
+    column, row, n = position % W + LEFT, position // W % H + TOP, position // (W * H)
+    padded = ((n * PADDED_H + row) * PADDED_W + column) * (2 * F) + c
     # elu' = 1 + elu where elu is negative
-    up = scale + tl.minimum(tl.load(y + padded, mask=there, other=0).to(tl.float32), 0.0)
-    down = scale + tl.minimum(tl.load(y + padded + F, mask=there, other=0).to(tl.float32), 0.0)
-    up *= tl.load(gradient + padded, mask=there, other=0).to(tl.float32)
-    down *= tl.load(gradient + padded + F, mask=there, other=0).to(tl.float32)
-    if DROPPED:
+    up = scale + tl.minimum(tl.load(y + padded, mask=mask, other=0).to(tl.float32), 0.0)
+    down = scale + tl.minimum(tl.load(y + padded + F, mask=mask, other=0).to(tl.float32), 0.0)
+    up *= tl.load(gradient + padded, mask=mask, other=0).to(tl.float32)
+    down *= tl.load(gradient + padded + F, mask=mask, other=0).to(tl.float32)
+    if DROPOUT:
         h = _hash(i, seeds)
-        up = tl.where((h & 0xFFFF) >= drop, up, 0.0)
-        down = tl.where((h >> 16) >= drop, down, 0.0)
-    tl.store(result + i, (up - down).to(result.dtype.element_ty), mask=there)
+        up = tl.where((h & 0xFFFF) >= threshold, up, 0.0)
+        down = tl.where((h >> 16) >= threshold, down, 0.0)
+    tl.store(result + i, (up - down).to(result.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _gate(x, ab, y, count, F: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    there = i < count
+    mask = i < count
     at = ab + i // F * (2 * F) + i % F
-    a, b = tl.load(at, mask=there, other=0).to(tl.float32), tl.load(at + F, mask=there, other=0).to(tl.float32)
-    value = tl.load(x + i, mask=there, other=0).to(tl.float32) + a * sigmoid(b)
-    tl.store(y + i, value.to(y.dtype.element_ty), mask=there)
+    a, b = tl.load(at, mask=mask, other=0).to(tl.float32), tl.load(at + F, mask=mask, other=0).to(tl.float32)
+    value = tl.load(x + i, mask=mask, other=0).to(tl.float32) + a * sigmoid(b)
+    tl.store(y + i, value.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _gate_backward(ab, gradient, result, count, F: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    there = i < count
+    mask = i < count
     at = i // F * (2 * F) + i % F
-    g = tl.load(gradient + i, mask=there, other=0).to(tl.float32)
-    a = tl.load(ab + at, mask=there, other=0).to(tl.float32)
-    s = sigmoid(tl.load(ab + at + F, mask=there, other=0).to(tl.float32))
-    tl.store(result + at, (g * s).to(result.dtype.element_ty), mask=there)
-    tl.store(result + at + F, (g * a * s * (1 - s)).to(result.dtype.element_ty), mask=there)
+    g = tl.load(gradient + i, mask=mask, other=0).to(tl.float32)
+    a = tl.load(ab + at, mask=mask, other=0).to(tl.float32)
+    s = sigmoid(tl.load(ab + at + F, mask=mask, other=0).to(tl.float32))
+    tl.store(result + at, (g * s).to(result.dtype.element_ty), mask=mask)
+    tl.store(result + at + F, (g * a * s * (1 - s)).to(result.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -164,23 +168,32 @@ def _shape(x: Tensor, y: Tensor, padding: tuple[int, int, int, int]) -> tuple[in
     return *x.shape[1:], *y.shape[2:], padding[0], padding[2]
 
 
-def concat_elu(x: Tensor, y: Tensor, padding: tuple[int, int, int, int], dropout: Chance | None) -> None:
-    """``y`` (N, 2 F, H', W') = concat_elu of ``x`` (N, F, H, W), zeros around it."""
-    drop, scale, seeds = dropout or (0, 1.0, x)
+def concat_elu(x: Tensor, y: Tensor, padding: tuple[int, int, int, int], dropout: Dropout | None) -> None:
+    """``y`` (N, 2 F, H', W') = concat_elu of ``x`` (N, F, H, W), padded with zeros."""
+    threshold, scale, seeds = dropout or (0, 1.0, x)
     count = y.numel() // 2
     _concat_elu[_programs(count)](
-        x, y, seeds, count, drop, scale, *_shape(x, y, padding), dropout is not None, BLOCK=BLOCK
+        x, y, seeds, count, threshold, scale, *_shape(x, y, padding), dropout is not None, BLOCK=BLOCK
     )
 
 
 def concat_elu_backward(
-    y: Tensor, gradient: Tensor, result: Tensor, padding: tuple[int, int, int, int], dropout: Chance | None
+    y: Tensor, gradient: Tensor, result: Tensor, padding: tuple[int, int, int, int], dropout: Dropout | None
 ) -> None:
-    """``result`` (N, F, H, W): the gradient of what ``y`` was made of."""
-    drop, scale, seeds = dropout or (0, 1.0, y)
+    """``result`` (N, F, H, W) = gradient of the input, given the output ``y`` and its gradient."""
+    threshold, scale, seeds = dropout or (0, 1.0, y)
     count = result.numel()
     _concat_elu_backward[_programs(count)](
-        y, gradient, result, seeds, count, drop, scale, *_shape(result, y, padding), dropout is not None, BLOCK=BLOCK
+        y,
+        gradient,
+        result,
+        seeds,
+        count,
+        threshold,
+        scale,
+        *_shape(result, y, padding),
+        dropout is not None,
+        BLOCK=BLOCK,
     )
 
 
@@ -190,7 +203,7 @@ def gate(x: Tensor, ab: Tensor, y: Tensor) -> None:
 
 
 def gate_backward(ab: Tensor, gradient: Tensor, result: Tensor) -> None:
-    """``result``: the gradient of ``ab``."""
+    """``result`` = gradient of ``ab``."""
     _gate_backward[_programs(gradient.numel())](ab, gradient, result, gradient.numel(), gradient.shape[1], BLOCK=BLOCK)
 
 
@@ -202,6 +215,6 @@ def weight_norm(direction: Tensor, gain: Tensor, norms: Tensor, weight: Tensor) 
 def weight_norm_backward(
     direction: Tensor, gain: Tensor, norms: Tensor, gradient: Tensor, of_direction: Tensor, of_gain: Tensor
 ) -> None:
-    """The gradients of v and g."""
+    """``of_direction`` and ``of_gain`` = gradients of v and g."""
     size = direction[0].numel()
     _weight_norm_backward[(len(gain),)](direction, gain, norms, gradient, of_direction, of_gain, size, BLOCK=BLOCK)
