@@ -130,7 +130,9 @@ def train(
     option: Annotated[
         list[str] | None, typer.Option("--set", help="NAME=VALUE, any other argument of the model's class, as JSON")
     ] = None,
-    steps: Annotated[int, typer.Option(help="optimiser steps")] = 10_000,
+    steps: Annotated[
+        int, typer.Option(help="optimiser steps; the learning rate falls over the last 60 % of them")
+    ] = 10_000,
     batch_size: Annotated[int, typer.Option(help="images per step and process")] = 16,
     learning_rate: Annotated[float, typer.Option(help="highest learning rate of Adam")] = 2e-3,
     flip: Annotated[bool, typer.Option("--flip", help="mirror half of the images horizontally, at random")] = False,
@@ -140,7 +142,14 @@ def train(
         str | None,
         typer.Option(help=f"begin with the weights of a model ({BUNDLED}, or a file) or of a run's checkpoint"),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="continue from the checkpoint in the folder")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="continue from the checkpoint in the folder; with more --steps, its learning rate rises to that of "
+            "the longer run, and the model's provenance records the segments",
+        ),
+    ] = False,
     overwrite: Overwrite = False,
     device: Device = None,
     mixed_precision: Annotated[
@@ -153,6 +162,8 @@ def train(
     Several processes: torchrun --nproc-per-node 2 -m art_pixeldefend train ...
 
     Ctrl-C and SIGTERM end the run with a checkpoint, from which --resume continues.
+
+    The held-out results are of all test images of DATA, including those that are reserved for calibration.
     """
     import torch
 

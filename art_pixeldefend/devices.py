@@ -52,6 +52,17 @@ def full_float32() -> Iterator[None]:
                     _restore(operation, found)
 
 
+@contextmanager
+def default_float32() -> Iterator[None]:
+    """Make float32 the type of new floating-point tensors, in the whole process, for the duration of the context."""
+    found = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(found)
+
+
 def _restore(operation, found: str) -> None:
     if operation.fp32_precision == found:
         return

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from art_pixeldefend import __version__
 from art_pixeldefend.datasets import FINGERPRINT, fingerprint
-from art_pixeldefend.devices import bf16_pays
+from art_pixeldefend.devices import bf16_pays, default_float32
 from art_pixeldefend.files import check_file, remove_temporaries, write_atomically
 from art_pixeldefend.models import checkpoint, zoo
 from art_pixeldefend.models.base import ImageModel
@@ -151,9 +151,13 @@ def train(
         start: a model of the same kind and size; the run begins with its weights, and its provenance is recorded.
         provenance: entries to add to the provenance of the trained model, for example the name of the data set.
         resume: continue from the checkpoint in ``folder``, if there is one. It must be of the same model, settings,
-            images, number of processes, precision and start; only ``steps`` and ``every`` may differ. Checkpoints of
-            version 0.1.0 are continued, too, with the sizes and settings of their run; they do not record images,
-            processes and precision.
+            images, number of processes, precision, start and name of the loss; only ``steps`` and ``every`` may
+            differ. The code of the loss, ``evaluate``, held-out images, device and version of torch are not compared.
+            With ``decay`` 0 a run of more steps continues as if it had had them from the beginning. With another
+            ``decay`` the learning rate of the earlier steps depended on their number; if it was not that of the longer
+            run, checkpoint and provenance list as ``segments`` the number of ``steps`` that applied ``until`` a step.
+            Checkpoints of version 0.1.0 are continued, too, with the sizes and settings of their run; they do not
+            record images, processes, precision and loss.
         overwrite: replace a run in ``folder``.
         device: where to train; by default the GPU of this process, or the CPU on machines without one.
         mixed_precision: compute the loss under bf16 autocast; by default as in the checkpoint that is resumed, else
@@ -189,6 +193,7 @@ def train(
                 "processes": group.world_size,
                 "mixed_precision": mixed_precision,
                 "start": None if start is None else start.fingerprint(),
+                "loss": getattr(loss, "__qualname__", type(loss).__qualname__),
             },
         }
         known = {**(provenance or {}), **({} if start is None else {"start": start.provenance})}
@@ -218,7 +223,7 @@ def train(
         state.take_average()
         model.eval()
         model.provenance = {
-            **_provenance(trainer.header),
+            **_provenance({**trainer.header, **state.progress()}),
             "held_out_images": len(trainer.held_out),
             "version": __version__,
             "torch": torch.__version__,
@@ -281,7 +286,8 @@ def as_start(value: Any, cls: type[Model], *, name: str = "start") -> Model:
 def _provenance(header: Mapping[str, Any]) -> dict[str, Any]:
     """The provenance of a model that was trained in the run with this header."""
     run = {name: value for name, value in header["run"].items() if name != "start"}
-    return {**header.get("provenance", {}), **header["settings"], **run}
+    segments = {"segments": header["segments"]} if "segments" in header else {}
+    return {**header.get("provenance", {}), **header["settings"], **run, **segments}
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -296,6 +302,7 @@ class State:
         self.parameters = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
         self.average = {name: tensor.detach().clone() for name, tensor in self.parameters.items()}
         self.losses: list[Tensor] = []  # of the steps since the last line of metrics
+        self.earlier: list[dict[str, int]] = []  # segments of the run, under other numbers of steps
         self.optimizer = torch.optim.Adam(self.parameters.values(), lr=settings.learning_rate, betas=BETAS, fused=True)
         for parameter in self.parameters.values():
             self.optimizer.state[parameter] = {
@@ -346,7 +353,12 @@ class State:
     def save(self, path: Path, header: Mapping[str, Any]) -> None:
         """Write everything that :meth:`load` needs; ``header`` describes the run."""
         losses = {"losses": torch.stack(self.losses)} if self.losses else {}
-        checkpoint.write(path, self.tensors() | losses, {"kind": checkpoint.RUN, "step": self.step, **header})
+        checkpoint.write(path, self.tensors() | losses, {"kind": checkpoint.RUN, **self.progress(), **header})
+
+    def progress(self) -> dict[str, Any]:
+        """The steps taken, and the segments of the run if its learning rate followed several numbers of steps."""
+        segments = [*self.earlier, {"steps": self.settings.steps, "until": self.step}]
+        return {"step": self.step, **({"segments": segments} if self.earlier else {})}
 
     def load(self, path: Path, run: Mapping[str, Any]) -> None:
         """Continue from the state in a file that :meth:`save` wrote.
@@ -375,6 +387,7 @@ class State:
             raise ValueError(f"resume: {str(path)!r} does not fit this model: {error}") from error
         self.losses = list(tensors["losses"].to(self.model.device)) if "losses" in tensors else []
         self.step = header["step"]
+        self.earlier = _earlier_segments(header, self.settings)
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -389,12 +402,27 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     return found
 
 
+def _earlier_segments(header: Mapping[str, Any], settings: Settings) -> list[dict[str, int]]:
+    """The segments of the run of a checkpoint before the one that ``settings`` begin or continue.
+
+    There are none if the learning rates of all its steps were those of ``settings``.
+    """
+    segments = header.get("segments") or [{"steps": header["settings"]["steps"], "until": header["step"]}]
+    begin = 0
+    for segment in segments:
+        then = replace(settings, steps=segment["steps"])
+        if any(then.learning_rate_at(i) != settings.learning_rate_at(i) for i in range(begin, segment["until"])):
+            return segments[:-1] if segments[-1]["steps"] == settings.steps else segments
+        begin = segment["until"]
+    return []
+
+
 def _converted(
     tensors: Mapping[str, Tensor], header: Mapping[str, Any], names: list[str]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A checkpoint of version 0.1.0, which only PixelCNN++ models had, in today's format.
 
-    It mentions neither images, processes nor precision: these are not compared.
+    It mentions neither images, processes, precision nor loss: these are not compared.
     """
     settings = {**header["settings"], "flip": False}
     model = {name: settings.pop(name) for name in ("filters", "resnets", "mixtures", "dropout")}
@@ -568,10 +596,13 @@ class _Trainer:
 
 @contextmanager
 def _isolated(device: torch.device) -> Iterator[None]:
-    """Make ``device`` current, record gradients, and restore the random generators at the end."""
+    """Make ``device`` current, record gradients, with torch's own defaults; restore all, and random generators."""
     cuda = [device] if device.type == "cuda" else []
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(cuda))
+        stack.enter_context(default_float32())
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         if cuda:
@@ -633,7 +664,9 @@ def _broadcast(group: ProcessGroup, state: State) -> None:
     if group.world_size == 1:
         return
     device = state.model.device
-    state.step, losses = _on_rank_0(group, lambda: (state.step, [loss.cpu() for loss in state.losses]))
+    state.step, state.earlier, losses = _on_rank_0(
+        group, lambda: (state.step, state.earlier, [loss.cpu() for loss in state.losses])
+    )
     state.losses = [loss.to(device) for loss in losses]
     with torch.no_grad():
         for tensor in state.tensors().values():

@@ -128,6 +128,30 @@ def test_a_run_does_not_depend_on_the_state_of_torch_around_it(images, uninterru
     assert metrics(tmp_path) == metrics(uninterrupted[0])
 
 
+@pytest.mark.parametrize("dtype, device", [(torch.float64, "cpu"), (torch.bfloat16, "meta")])
+def test_a_run_does_not_depend_on_default_dtype_and_device(dtype, device, images, tmp_path):
+    def loss(model, batch):
+        return model.loss(batch) * (1 + 0.1 * torch.rand(len(batch)).mean())
+
+    def run(folder, model):
+        training.train(model, loss, images[0], settings, folder, held_out=images[1], device="cpu",
+                       evaluate=PixelCNNpp.evaluate, mixed_precision=False, verbose=False)  # fmt: skip
+        return model
+
+    settings = replace(SMALL, steps=3, flip=True)
+    expected, model = run(tmp_path / "a", small_model()), small_model()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            run(tmp_path / "b", model)
+            assert torch.get_default_device().type == device
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same_weights(model, expected)
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+
+
 def test_flipping_mirrors_about_half_of_the_images(images, tmp_path):
     left = np.zeros((8, *SHAPE), np.uint8)
     left[..., :3] = 255
@@ -400,6 +424,48 @@ def test_a_run_is_extended_and_evaluated_more_often_in_another_folder(images, co
     assert [line["step"] for line in metrics(folder) if "loss" in line] == [20, 40, 50, 60, 70, 80]
     with pytest.raises(ValueError, match=r"steps must be at least 80"):
         train(*images, folder, replace(SMALL, steps=70), resume=True)
+
+
+def extended(images, folder, settings, *steps):
+    """A run that is extended to each of these numbers of steps."""
+    for i, number in enumerate(steps):
+        model = train(*images, folder, replace(settings, steps=number), resume=i > 0)
+    return model
+
+
+@pytest.mark.parametrize("settings", [replace(SMALL, decay=0), replace(SMALL, decay=0.1, warmup=100)])
+def test_a_run_extended_before_its_learning_rate_falls_is_the_longer_run(settings, images, tmp_path):
+    longer = train(*images, tmp_path / "longer", replace(settings, steps=6))
+    model = extended(images, tmp_path / "extended", settings, 2, 4, 6)
+    assert same_weights(model, longer)
+    assert "segments" not in model.provenance and model.provenance == longer.provenance
+
+
+def test_a_run_extended_after_its_learning_rate_fell_records_its_segments(images, tmp_path, monkeypatch):
+    settings = replace(SMALL, warmup=0, decay=0.6)
+    model = extended(images, tmp_path, settings, 2, 4)
+    assert not same_weights(model, train(*images, tmp_path / "longer", replace(settings, steps=4)))
+    segments = [{"steps": 2, "until": 2}, {"steps": 4, "until": 4}]
+    assert model.provenance["segments"] == segments
+    with monkeypatch.context() as patch:
+        stop_after(5, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train(*images, tmp_path, replace(settings, steps=7), resume=True)
+    path = tmp_path / "checkpoint.safetensors"
+    stopped = [*segments, {"steps": 7, "until": 5}]
+    assert checkpoint.read_header(path)["segments"] == stopped
+    assert as_start(path, PixelCNNpp).provenance["segments"] == stopped
+    model = train(*images, tmp_path, replace(settings, steps=7), resume=True)
+    assert model.provenance["segments"] == [*segments, {"steps": 7, "until": 7}]
+    assert PixelCNNpp.load(tmp_path / "model.safetensors").provenance == model.provenance
+
+
+def test_resuming_with_another_loss_is_refused_by_its_name(images, copy):
+    def other(model, batch):
+        return model.loss(batch)
+
+    with pytest.raises(ValueError, match=r"loss was 'PixelCNNpp\.loss', now it is '.*other'"):
+        training.train(small_model(), other, images[0], SMALL, copy, resume=True, device="cpu", verbose=False)
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint"])
