@@ -1,4 +1,8 @@
-"""PixelDefend (Song et al., ICLR 2018, arXiv:1710.10766) for the Adversarial Robustness Toolbox."""
+"""Purify and detect adversarial images with generative models, for the Adversarial Robustness Toolbox.
+
+PixelDefend (Song et al., ICLR 2018, arXiv:1710.10766), purification with score models, the deep image prior and the
+Robust Manifold Defense.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -52,3 +56,8 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names, imported or not."""
+    return sorted({*globals(), *__all__})

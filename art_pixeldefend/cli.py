@@ -314,8 +314,8 @@ def detect(
 ) -> None:
     """Test whether images are adversarial: p-values and bits per dimension, as CSV.
 
-    Images are compared with clean ones like them. Of a data set, and of the images that the model was trained on,
-    --calibration takes those that it has not seen; of a folder or file of other images, all.
+    Images are compared with clean ones of the same kind. If --calibration names a data set or the folder that the model
+    was trained on, only images that the model has not seen are used. From any other folder or file all are used.
     """
     from art_pixeldefend import PixelDefendDetector, datasets
     from art_pixeldefend.files import check_file, write_csv

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import typer
 
 from art_pixeldefend import cli
@@ -20,21 +19,24 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
 
 
-def test_python_examples_run_as_written_and_purification_restores_accuracy(capsys):
-    names = {}
-    torch.manual_seed(0)
-    np.random.seed(0)  # ART shuffles with NumPy's generator
-    for code in blocks("python"):
-        exec(code, names)
-    lines = capsys.readouterr().out.splitlines()
-    without, purified = (float(line.split()[-1]) for line in lines if line.startswith(("without defence", "purified")))
-    assert without < 0.2 and purified > 0.5
+def test_python_examples_print_what_they_show(capsys):
+    names, code = {}, "\n".join(blocks("python"))
+    exec(code, names)
+    numbers = [
+        [float(number) for number in re.findall(r"\d+\.\d+", line)] for line in capsys.readouterr().out.splitlines()
+    ]
+    shown = [[float(n) for n in re.findall(r"\d+\.\d+", line)] for line in re.findall(r"^# (.*)$", code, re.MULTILINE)]
+    (_, without), (clean, purified), _ = shown
+    assert without < 0.2 and purified > 0.5 and clean > 0.9
+    for printed, expected in zip(filter(None, numbers), shown, strict=True):
+        assert printed == pytest.approx(
+            expected, abs=0.05 if max(expected) <= 1 else 5
+        )  # other processors round otherwise
     x, white_box = names["x_test"], names["white_box"]
     assert 0 < np.abs(white_box - x[: len(white_box)]).max() <= 40 / 255 + 1e-6
     assert names["logits"].shape == (len(x), 10)
     assert names["adaptive"].threshold > 0
     assert names["is_adversarial"].mean() > 0.9 and names["report"]["p_values"].shape == (len(x),)
-    assert names["levels"].dtype == np.uint8 and names["levels"].shape == (20, 1, 8, 8)
 
 
 def test_every_python_and_shell_block_is_tested():
@@ -73,7 +75,7 @@ def test_models_are_those_bundled_with_the_errors_of_their_cards():
 def test_results_are_those_of_the_published_table():
     with (README.parent / "benchmarks" / "results" / "fashion-mnist.csv").open() as file:
         cells = [row for row in csv.DictReader(file) if (row["network"], row["training"]) == ("resnet", "normal")]
-    pattern = r"^\| (none|PixelDefend).*? \| [\w ()]+ \| ([\d,]+) \| (.*) \|$"
+    pattern = r"^\| (none|PixelDefend).*? \| [\w ()-]+ \| ([\d,]+) \| (.*) \|$"
     rows = re.findall(pattern, README.read_text(), re.MULTILINE)
     assert len(rows) == 3
     for defence, images, numbers in rows:
