@@ -71,13 +71,10 @@ def _(number):
 
 @overload(_store, inline="always")
 def _(x, number):
-    if number == types.uint16:  # rounded to nearest, ties away from zero: one operation less than ties to even
-
-        def rounded(x, number):
-            bits = np.uint16(_i(_bits(x) + _i(0x8000)) >> _i(16))
-            return bits if x == x else np.uint16(0x7FC0)  # rounding a NaN could carry into the sign
-
-        return rounded
+    # Rounded to nearest, ties away from zero: one operation less than ties to even. It could carry into the sign of a
+    # NaN whose lower bits are set. NaN in bfloat16 have none; weight_loops, which reads float32, takes care of it.
+    if number == types.uint16:
+        return lambda x, number: np.uint16(_i(_bits(x) + _i(0x8000)) >> _i(16))
     return lambda x, number: _f(x)
 
 
@@ -277,7 +274,8 @@ def weight_loops(dtype: torch.dtype) -> tuple[Callable, Callable]:
             norms[o] = np.sqrt(max(total, _f(1e-24)))
             factor = gain[o] / norms[o]
             for i in range(size[1]):
-                weight[o, i] = _store(direction[o, i] * factor, weight[o, i])
+                w = direction[o, i] * factor
+                weight[o, i] = _store(w if w == w else _f(np.nan), weight[o, i])
 
     @compiled
     def backward(direction, gain, norms, gradient, of_direction, of_gain, size):
