@@ -308,7 +308,9 @@ class ConformalDetector(EvasionDetector):
             return torch.stack(values, dim=1)
 
         with torch.no_grad():
-            return map_batches(score, torch.arange(len(tensor)), size, verbose=self.verbose, what="score").numpy()
+            return map_batches(
+                score, torch.arange(len(tensor), device="cpu"), size, verbose=self.verbose, what="score"
+            ).numpy()
 
     def _report(self, x: Any, batch_size: int | None) -> dict[str, np.ndarray]:
         """Scores and p-values of images."""
@@ -368,7 +370,7 @@ class ConformalDetector(EvasionDetector):
 
     def _call_seed(self, call: int) -> int:
         """The seed of a call: different ones for calibration (0) and detection (1), whose numbers are independent."""
-        return int(torch.randint(2**62, ())) if self.seed is None else 2 * self.seed + call
+        return int(torch.randint(2**62, (), device="cpu")) if self.seed is None else 2 * self.seed + call
 
     # Checks
 

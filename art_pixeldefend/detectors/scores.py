@@ -107,7 +107,7 @@ class Score(ABC):
         unit = x.to(device, torch.promote_types(x.dtype, torch.float32))
         seed = self.seed if seed is None else seed
         if seed is None:
-            seed = int(torch.randint(2**62, ())) if self.stochastic else 0
+            seed = int(torch.randint(2**62, (), device="cpu")) if self.stochastic else 0
         generator = BatchGenerator(seed, range(start, start + len(x)), unit.device, unit.dtype)
         with full_float32():
             return self.score(unit, generator).to(x.device)

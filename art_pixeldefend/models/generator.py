@@ -70,7 +70,7 @@ class Generator(ImageModel):
             ValueError: if ``count`` is negative.
         """
         shape = (check_count("count", count, 0), self.latent_size)
-        z = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device, self.dtype)
+        z = torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu").to(self.device, self.dtype)
         with self.evaluating():
             return (self(z) * 255).round().clamp(0, 255).to(torch.uint8)
 

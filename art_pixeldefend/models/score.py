@@ -189,7 +189,7 @@ class ScoreModel(ImageModel):
             generator = torch.Generator().manual_seed(0)
             of_images = []
             for some in clean.split(EVALUATION_BATCH):
-                noise = torch.randn(some.shape, generator=generator).to(some)
+                noise = torch.randn(some.shape, generator=generator, device="cpu").to(some)
                 error = self.denoise(some + sigma * noise, sigma) - some
                 of_images.append(error.square().mean((1, 2, 3)).sqrt())
             errors[f"rmse_{sigma:g}"] = torch.cat(of_images).mean().item()
@@ -206,7 +206,7 @@ class ScoreModel(ImageModel):
         shape = (check_count("count", count, 0), *self.image_shape)
 
         def noise() -> Tensor:
-            return torch.randn(shape, generator=generator).to(self.device, self.dtype)
+            return torch.randn(shape, generator=generator, device="cpu").to(self.device, self.dtype)
 
         sigma = self.sigma_range[1]
         x = self.mean + math.hypot(sigma, self.deviation) * noise()

@@ -77,7 +77,7 @@ class BatchGenerator:
 
     def subset(self, index: Tensor) -> BatchGenerator:
         """Return a generator for some of the images, given by a mask or indices, that continues their streams."""
-        chosen = torch.arange(len(self))[index.cpu()].tolist()
+        chosen = torch.arange(len(self), device="cpu")[index.cpu()].tolist()
         generator = BatchGenerator(self._seed, [self._positions[i] for i in chosen], self._device, self._dtype)
         generator._streams = [self._streams[i] for i in chosen]
         return generator
@@ -282,7 +282,9 @@ class Purifier(PreprocessorPyTorch):
                 return function(slice(start, start + len(positions)))
 
             with self._evaluating():
-                return map_batches(batch, torch.arange(len(x)), self.batch_size, verbose=self.verbose, what="purify")
+                return map_batches(
+                    batch, torch.arange(len(x), device="cpu"), self.batch_size, verbose=self.verbose, what="purify"
+                )
 
         differentiated = x.requires_grad and torch.is_grad_enabled()
         if differentiated and self.gradient != "identity":
@@ -330,7 +332,7 @@ class Purifier(PreprocessorPyTorch):
     def _call_seed(self) -> int:
         """Return the seed of a call's random numbers."""
         if self.stochastic and self.seed is None:
-            return int(torch.randint(2**62, ()))
+            return int(torch.randint(2**62, (), device="cpu"))
         return self.seed or 0
 
     def _evaluating(self) -> AbstractContextManager[None]:

@@ -139,7 +139,7 @@ class ManifoldProjection(Purifier):
 
         with torch.no_grad(), self._evaluating():
             found = map_batches(
-                errors, torch.arange(len(tensor)), self.batch_size, verbose=self.verbose, what="project"
+                errors, torch.arange(len(tensor), device="cpu"), self.batch_size, verbose=self.verbose, what="project"
             )
         return (found / math.prod(self.model.image_shape)).sqrt().numpy()
 
