@@ -13,6 +13,7 @@ TOOLS = (
     "levels", "validation", "files", "image_files", "pictures", "batches", "devices", "processes", "datasets",
 )  # fmt: skip
 ORDER = ("tools", "models", "purifiers", "detectors", "attacks", "classifiers", "evaluation", "cli")
+PAPER = f"{NAME}.evaluation.paper"
 
 
 def modules(folder):
@@ -84,6 +85,48 @@ def upward(known):
     ]
 
 
+def of_the_paper(known):
+    """Every import of ``evaluation.paper`` by another module of ``evaluation``, as 'importer -> imported'."""
+    return [
+        f"{module} -> {other}"
+        for module, source in known.items()
+        if unit(module) == "evaluation" and not below(module, PAPER)
+        for other in sorted(imported(module, source, known))
+        if below(other, PAPER)
+    ]
+
+
+def below(module, package):
+    return module == package or module.startswith(f"{package}.")
+
+
+def untraceable(known):
+    """Every import that ``imported`` cannot follow, as 'module: statement'."""
+    found = []
+    for module, source in known.items():
+        tree = ast.parse(source)
+        aliases = {
+            alias.asname or alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import)
+            for alias in node.names
+            if alias.name == NAME
+        }
+        for node in ast.walk(tree):
+            star = isinstance(node, ast.ImportFrom) and node.names[0].name == "*"
+            if star and (node.level or below(node.module, NAME)):
+                found.append(f"{module}: {ast.unparse(node)}")
+            attribute = isinstance(node, ast.Attribute) and node.attr != "__version__"
+            if attribute and isinstance(node.value, ast.Name) and node.value.id in aliases:
+                found.append(f"{module}: {ast.unparse(node)}")
+            if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+                name = node.args[0] if node.args else None
+                relative = isinstance(name, ast.Constant) and str(name.value).startswith(".")
+                if len(node.args) + len(node.keywords) > 1 or relative or isinstance(name, (ast.JoinedStr, ast.BinOp)):
+                    found.append(f"{module}: {ast.unparse(node)}")
+    return found
+
+
 def cycles(known):
     """A cycle between the packages and modules directly below the root, or none."""
     graph = {}
@@ -109,6 +152,34 @@ def test_no_package_imports_from_a_later_one(package):
 
 def test_no_packages_import_each_other(package):
     assert cycles(package) == []
+
+
+def test_general_evaluation_does_not_import_the_paper(package):
+    assert of_the_paper(package) == []
+    changed = {f"{NAME}.evaluation.grid": "from art_pixeldefend.evaluation.paper import grids"}
+    assert of_the_paper(package | changed) == [f"{NAME}.evaluation.grid -> {PAPER}.grids"]
+
+
+def test_every_import_can_be_followed(package):
+    root = package[NAME]
+    assert "import_module(f" in root  # of the public names, which are followed by ``public_names``
+    assert untraceable({name: source for name, source in package.items() if name != NAME}) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import art_pixeldefend as a; a.PixelDefend",
+        "import art_pixeldefend; art_pixeldefend.PixelDefend",
+        "from art_pixeldefend import *",
+        "from .purifiers import *",
+        "import_module('.purifiers', 'art_pixeldefend')",
+        "import_module(f'{__package__}.purifiers')",
+        "importlib.import_module(__package__ + '.purifiers')",
+    ],
+)
+def test_an_import_that_cannot_be_followed_is_found(source):
+    assert len(untraceable({f"{NAME}.levels": source})) == 1
 
 
 def test_contributing_shows_the_order_that_is_checked():

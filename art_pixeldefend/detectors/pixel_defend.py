@@ -28,8 +28,8 @@ class PixelDefendDetector(ConformalDetector):
         p-value = (1 + number of calibration images with p(x_i) <= p(x)) / (N + 1)
 
     Images with p-values up to ``alpha`` are flagged. The false-positive rate is at most ``alpha`` for images that are
-    exchangeable with the N calibration images and that the density model was not trained on: on average over
-    calibration sets. For one of them it varies by about sqrt(alpha (1 - alpha) / N).
+    exchangeable with the N calibration images and that the density model was not trained on. This is an average over
+    calibration sets; the rate for a single set has a standard deviation of about sqrt(alpha (1 - alpha) / N).
 
     The paper compares with the model's training images instead (``fit(..., reference="training")``). Models find those
     likelier than new images, so that more clean images are flagged: at alpha 0.05 20% of the test images with the
@@ -38,12 +38,10 @@ class PixelDefendDetector(ConformalDetector):
 
     The rate holds for images like the calibration images only. At alpha 0.05 the ``fashion-mnist`` model flags 26% of
     clean images saved as JPEG of quality 95, 43% at quality 75, and 30% with noise of one level: calibrate on images
-    that are processed as those to be tested. Constant images are likely under the model: it flags 2% of them, and a
-    black one has p = 1 (``benchmarks/false_alarms.py``).
+    that went through the same processing as the images to be tested. Constant images are likely under the model: it
+    flags 2% of them, and a black one has p = 1 (``benchmarks/false_alarms.py``).
 
-    Fitting evaluates the density model once for each image. In a second of CPU time ``fashion-mnist`` scores 159 images
-    and ``fashion-mnist-40x5`` 37 (``benchmarks/calibration.py``): 2,000 images take 13 and 54 seconds, 60,000 would
-    take 6 and 27 minutes. :meth:`save` and :meth:`load` keep the result.
+    Fitting evaluates the density model once for each image; :meth:`save` and :meth:`load` keep the result.
 
     | Paper link: https://arxiv.org/abs/1710.10766
 
