@@ -233,6 +233,7 @@ def purify(
     """
     from art_pixeldefend import AdaptivePixelDefend, PixelDefend, datasets
     from art_pixeldefend.image_files import check_target, write_images
+    from art_pixeldefend.models.pixelcnnpp.decoders import load_engine
     from art_pixeldefend.processes import process_group
 
     group, pixel_cnn = process_group(), _density_model(model, device)
@@ -243,6 +244,7 @@ def purify(
         defence = AdaptivePixelDefend((0, 255), eps, pixel_cnn, threshold=threshold, **options)
     else:  # without computing likelihoods
         defence = PixelDefend((0, 255), eps, pixel_cnn, **options)
+    load_engine(pixel_cnn, defence.method, verbose=verbose and group.rank == 0)  # compiles before the clock starts
     purified = group.map(lambda x: defence(x)[0], found.levels, verbose=verbose)
     if group.rank == 0:
         write_images(out, purified, like=found, overwrite=overwrite)

@@ -8,10 +8,9 @@ from os import PathLike
 import torch
 from torch import Tensor
 
-from art_pixeldefend.levels import TOP, ClipValues, to_levels
+from art_pixeldefend.levels import TOP, UNIT, ClipValues, to_levels
 from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
-from art_pixeldefend.models.pixelcnnpp.decoders import greedy_decode
-from art_pixeldefend.models.pixelcnnpp.decoders.decode import choose_engine
+from art_pixeldefend.models.pixelcnnpp.decoders import choose_engine, greedy_decode, load_engine
 from art_pixeldefend.models.zoo import as_model
 from art_pixeldefend.purifiers.base import BatchGenerator, Purifier
 from art_pixeldefend.validation import check_eps
@@ -79,6 +78,11 @@ class PixelDefend(Purifier):
     def model(self) -> PixelCNNpp:  # type: ignore[override]
         """The density model."""
         return self.pixel_cnn
+
+    def purified(self, x: Tensor, clip_values: ClipValues = UNIT) -> Tensor:
+        """Purify images of a given value range, whatever the purifier's own: as :meth:`forward` otherwise."""
+        load_engine(self.pixel_cnn, self.method, verbose=self.verbose)  # compiles before the progress bar starts
+        return super().purified(x, clip_values)
 
     def purify(self, x: Tensor, generator: BatchGenerator) -> Tensor:
         """Purify images (N, C, H, W) in [0, 1]; every value of the result is one of 256 levels."""

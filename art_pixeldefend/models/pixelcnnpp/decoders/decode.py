@@ -88,6 +88,25 @@ def choose_engine(pixel_cnn: PixelCNNpp, method: str) -> str:
     return method
 
 
+def load_engine(pixel_cnn: PixelCNNpp, method: str, *, verbose: bool = False) -> Engine:
+    """Load the engine for a method. The first time on a machine ``compiled`` takes some seconds to compile.
+
+    Args:
+        pixel_cnn: the density model.
+        method: as for :func:`greedy_decode`.
+        verbose: print a line if code is being compiled.
+
+    Returns:
+        A function from a model, levels (N, C, H, W) and eps to levels.
+
+    Raises:
+        ValueError: as :func:`choose_engine`.
+    """
+    engine = choose_engine(pixel_cnn, method)
+    with compilation_notice() if verbose else nullcontext():
+        return ENGINES[engine]()
+
+
 @overload
 def greedy_decode(pixel_cnn: PixelCNNpp, x: Tensor, eps: int, method: str = ..., **options) -> Tensor: ...
 @overload
@@ -120,11 +139,10 @@ def greedy_decode(pixel_cnn, x, eps, method="auto", *, batch_size=BATCH_SIZE, ve
         (2, 1, 8, 8)
     """
     check_pixel_cnn(pixel_cnn)
-    engine = choose_engine(pixel_cnn, method)
+    choose_engine(pixel_cnn, method)
     eps, batch_size = check_eps("eps", eps), check_count("batch_size", batch_size)
     levels = pixel_cnn.as_levels(x)
-    with compilation_notice() if verbose else nullcontext():
-        decode = ENGINES[engine]()
+    decode = load_engine(pixel_cnn, method, verbose=verbose)
     with pixel_cnn.evaluating():
         purified = map_batches(
             lambda batch: decode(pixel_cnn, batch, eps), levels, batch_size, verbose=verbose, what="purify"
