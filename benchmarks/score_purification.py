@@ -48,6 +48,7 @@ class Row:
     tuned: bool = False
     runs: int = 8
     images: int | None = None  # the first so many
+    transferred: bool = False  # attacked images of the classifier that is not tuned
 
 
 def one_pass(sigma: float, **arguments: Any) -> Callable[..., Purifier]:
@@ -92,6 +93,8 @@ ROWS = (
     Row("one pass, sigma 0.25", one_pass(0.25), tuned=True),
     Row("one pass, sigma 0.4", one_pass(0.4), tuned=True),
     Row("5 ancestral steps, sigma 0.4", one_pass(0.4, steps=5), tuned=True),
+    Row("one pass, sigma 0.25", one_pass(0.25), tuned=True, transferred=True),
+    Row("one pass, sigma 0.4", one_pass(0.4), tuned=True, transferred=True),
 )
 
 
@@ -140,12 +143,12 @@ class Subjects:
 
 def measure(row: Row, subjects: Subjects, count: int) -> dict[str, Any]:
     """Accuracies of a row, in percent, on the first ``count`` test images or fewer."""
-    network, images = subjects.classifier(row.tuned).model, subjects.images(count, row.tuned)
+    network, images = subjects.classifier(row.tuned).model, subjects.images(count, row.tuned and not row.transferred)
     purifier = row.purifier(subjects.score_model, subjects.data) if row.purifier else None
     count = min(row.images or count, count)
     result: dict[str, Any] = {
-        "name": row.name, "tuned": row.tuned, "runs": row.runs, "images": count, "purifier": repr(purifier),
-        "one_draw": {}, "accuracy": {}, "interval": {},
+        "name": row.name, "tuned": row.tuned, "transferred": row.transferred, "runs": row.runs, "images": count,
+        "purifier": repr(purifier), "one_draw": {}, "accuracy": {}, "interval": {},
     }  # fmt: skip
     began = time.process_time()
     y = subjects.data.y_test[:count]
@@ -182,7 +185,7 @@ def speed(model: ScoreModel, x: np.ndarray) -> dict[str, float]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown: accuracies of averaged logits, and of one draw where there are several."""
-    columns = list(rows[0]["accuracy"])
+    columns = ["clean", *(f"BIM {eps}" for eps in RADII)]
     lines = [
         f"| classifier | defence | images | draws | {' | '.join(columns)} |",
         "| --- | --- | --: | --: | --: | --: | --: |",
@@ -192,7 +195,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{row['accuracy'][name]:.1f}" + (f" ({row['one_draw'][name]:.1f})" if row["runs"] > 1 else "")
             for name in columns
         ]
-        kind = "tuned" if row["tuned"] else "as it is"
+        kind = ("tuned, images transferred" if row.get("transferred") else "tuned") if row["tuned"] else "as it is"
         lines.append(f"| {kind} | {row['name']} | {row['images']:,} | {row['runs']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -214,6 +217,7 @@ def main(
             continue
         settings = {"row": row.name, "tuned": row.tuned, "runs": row.runs, "of": row.images, "images": images,
                     "model": subjects.score_model.fingerprint()}  # fmt: skip
+        settings |= {"transferred": True} if row.transferred else {}
         result = store.read("rows", settings)
         if result is None:
             result = measure(row, subjects, images)
@@ -223,7 +227,7 @@ def main(
     facts = {
         "command": command("score_purification.py"), "date": date.today().isoformat(), "hardware": runner.hardware(),
         "versions": runner.versions(), "images": images,
-        "classifier_cpu_seconds": subjects.classifier().cpu_seconds,
+        "classifier_cpu_seconds": round(subjects.classifier().cpu_seconds, 1),
         "tuning_cpu_seconds": subjects.classifier(tuned=True).cpu_seconds,
         "images_per_cpu_second": speed(subjects.score_model, subjects.images(images)["clean"]),
     }  # fmt: skip
@@ -241,7 +245,7 @@ def head(facts: dict[str, Any]) -> str:
 The ResNet of the paper on the first {facts["images"]:,} test images. Accuracy in percent: of the averaged logits of
 all draws and, in parentheses, of single draws. The tuned classifier was trained for another
 {facts["tuning_cpu_seconds"]} CPU seconds on images denoised at sigma {SIGMAS[0]} to {SIGMAS[1]}.
-BIM sees the classifier of the row without its defence.
+BIM sees the classifier of the row without its defence; transferred images are those of the classifier as it is.
 
 """
 
