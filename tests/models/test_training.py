@@ -63,6 +63,14 @@ def uninterrupted(images, tmp_path_factory):
     return folder, train(*images, folder)
 
 
+@pytest.fixture(autouse=True)
+def signals_take_effect():
+    """SIGINT raises KeyboardInterrupt, even if the process that started the tests ignores it."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
 @pytest.fixture
 def copy(uninterrupted, tmp_path):
     """A folder with the files of the uninterrupted run."""
@@ -84,6 +92,12 @@ def stop_after(steps, monkeypatch, number=signal.SIGINT):
 
 
 # A run
+
+
+def test_a_signal_that_the_process_ignores_stops_no_run(images, uninterrupted, tmp_path, monkeypatch):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    stop_after(33, monkeypatch)
+    assert same_weights(train(*images, tmp_path), uninterrupted[1])
 
 
 def test_a_run_leaves_a_model_a_checkpoint_and_metrics(uninterrupted):
