@@ -66,8 +66,9 @@ class PixelCNNppNetwork(nn.Module):
         """(N, C, H, W) in [-1, 1] to (N, P, H, W)."""
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
         # Shift by one: row i of u depends on the rows above i, column j of ul in addition on the columns left of j.
-        u = self.u_start(x)[:, :, :-1]
-        ul = self.ul_start_above(x)[:, :, :-1] + self.ul_start_left(x)[:, :, :, :-1]
+        with torch.autocast(x.device.type, enabled=False):  # bf16 cannot tell neighbouring levels apart
+            u = self.u_start(x)[:, :, :-1]
+            ul = self.ul_start_above(x)[:, :, :-1] + self.ul_start_left(x)[:, :, :, :-1]
         us, uls = [u], [ul]
         for stage in cast(Iterable[Stream], self.up):
             for resnet_u, resnet_ul in stage.pairs():
@@ -89,4 +90,5 @@ class PixelCNNppNetwork(nn.Module):
                 rows, columns = us[-1].shape[-2:]
                 u = stage.resize_u(u)[:, :, :rows, :columns]
                 ul = stage.resize_ul(ul)[:, :, :rows, :columns]
-        return self.head(nn.functional.elu(ul))
+        with torch.autocast(x.device.type, enabled=False):  # nor means of the mixture that differ by one level
+            return self.head(nn.functional.elu(ul.to(self.head.bias.dtype)))
