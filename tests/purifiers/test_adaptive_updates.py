@@ -31,6 +31,59 @@ def test_the_closed_form_holds_in_float32():
     torch.testing.assert_close(moved, 0.4 + 0.8**3 * (x - 0.4), rtol=1e-3, atol=1e-4)
 
 
+def undivided(sigma, variance, mean=0.4):
+    """ADP's own parameterisation: a network that predicts minus the unit noise n of x + sigma n, and is not divided.
+
+    The best one for pixels N(mean, variance), by regression of -n on x + sigma n.
+    """
+    return lambda x: -sigma / (variance + sigma**2) * (x - mean)
+
+
+def test_the_undivided_network_is_the_regression_of_minus_the_noise():
+    noise = torch.randn(100_000, dtype=torch.float64)
+    noisy = 0.4 + 0.3 * torch.randn(100_000, dtype=torch.float64) + 0.25 * noise
+    design = torch.stack([noisy, torch.ones_like(noisy)], 1)
+    slope, shift = torch.linalg.lstsq(design, -noise[:, None]).solution.flatten().tolist()
+    found = undivided(0.25, 0.3**2)(torch.tensor([0.0, 1.0]))
+    assert found.tolist() == pytest.approx([shift, slope + shift], abs=0.02)
+
+
+@given(st.floats(0.05, 1), st.floats(0.01, 1), st.floats(0.01, 0.5))
+@settings(max_examples=30, deadline=None)
+def test_in_adps_own_parameterisation_a_gaussian_is_followed_with_steps_of_its_closed_form(sigma, variance, rate):
+    """1 - z = delta sigma / (v + sigma^2): alpha is rate (v + sigma^2) / sigma, and a step goes ``rate`` of the way."""
+    x = 0.4 + torch.randn(4, 2, 3, 3, dtype=torch.float64)
+    direction, rule = undivided(sigma, variance), AdaptiveStep(rate=rate, **WIDE)
+    sizes = rule.sizes(direction(x), direction(x + rule.delta * direction(x)))
+    torch.testing.assert_close(sizes, torch.full_like(sizes, rate * (variance + sigma**2) / sigma), rtol=1e-6, atol=0)
+    moved, _ = adaptive_updates(x, direction, 3, rule)
+    torch.testing.assert_close(moved, 0.4 + (1 - rate) ** 3 * (x - 0.4), rtol=1e-6, atol=1e-8)
+
+
+def test_adps_published_rule_removes_noise_of_an_unknown_level_at_its_largest_step_and_then_stops():
+    """For one clean image a network that sees no noise level predicts noise of unit size whatever the level is.
+
+    It then points at the image with length sqrt(D) and z is 1: every step is the largest one, 0.1, until the image is
+    nearer than that. There the direction turns around, z falls, and the rule stops.
+    """
+    size = math.sqrt(784)
+
+    def direction(x):
+        gap = 0.5 - x
+        norm = gap.flatten(1).norm(dim=1)[:, None, None, None]
+        return size * gap / (norm.square() + (0.01 * size) ** 2).sqrt()  # smooth within 0.01 of the image
+
+    noise = torch.randn(3, 1, 28, 28, dtype=torch.float64)
+    noise *= size / noise.flatten(1).norm(dim=1)[:, None, None, None]
+    x = 0.5 + 0.25 * noise
+    for steps, left in ((1, 0.15), (2, 0.05)):
+        moved, taken = adaptive_updates(x, direction, steps)
+        errors = (moved - 0.5).flatten(1).norm(dim=1) / size
+        assert errors.tolist() == pytest.approx([left] * 3, abs=0.003) and taken.tolist() == [steps] * 3
+    moved, taken = adaptive_updates(x, direction, 10)
+    assert (taken < 10).all() and ((moved - 0.5).flatten(1).norm(dim=1) / size < 0.06).all()
+
+
 @pytest.mark.parametrize(("variance", "alpha"), [(0.01, 5e-4), (1.0, 0.05), (100.0, 0.1)])
 def test_published_step_sizes_of_a_gaussian_are_bounded(variance, alpha):
     g = torch.randn(3, 1, 5, 5, dtype=torch.float64)

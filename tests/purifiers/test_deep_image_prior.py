@@ -1,15 +1,9 @@
-"""The deep image prior: its networks, when a fit stops, draws, failures, and use in ART."""
-
-import copy
-import pickle
+"""The deep image prior: its networks, when a fit stops, draws, and failures."""
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from art.attacks.evasion import ProjectedGradientDescentPyTorch
-from art.estimators.classification import PyTorchClassifier
-from torch import nn
 
 from art_pixeldefend import DeepImagePrior
 from art_pixeldefend.purifiers.base import BatchGenerator
@@ -224,24 +218,7 @@ def test_images_that_are_too_small_are_refused():
         DeepImagePrior()(images(1, (1, 3, 8)))
 
 
-# ART
-
-
-def test_attacks_clones_and_copies_of_arts_classifier():
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
-    classifier = PyTorchClassifier(
-        network, nn.CrossEntropyLoss(), SHAPE, 3, clip_values=(0.0, 1.0), device_type="cpu",
-        preprocessing_defences=DeepImagePrior(steps=4, seed=1), optimizer=torch.optim.SGD(network.parameters(), 0.1),
-    )  # fmt: skip
-    x = images()
-    attacked = ProjectedGradientDescentPyTorch(classifier, eps=0.1, eps_step=0.05, max_iter=2, verbose=False).generate(
-        x
-    )
-    assert 0.05 < np.abs(attacked - x).max() <= 0.1 + 1e-6
-    expected = classifier.preprocessing_defences[0](x)[0]
-    for other in (copy.deepcopy(classifier), pickle.loads(pickle.dumps(classifier)), classifier.clone_for_refitting()):
-        np.testing.assert_array_equal(other.preprocessing_defences[0](x)[0], expected)
+# Gradients
 
 
 def test_the_gradient_is_the_identity():

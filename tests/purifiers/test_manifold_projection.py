@@ -1,12 +1,9 @@
 import copy
-import pickle
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from art.attacks.evasion import ProjectedGradientDescentPyTorch
-from art.estimators.classification import PyTorchClassifier
 from torch import nn
 
 from art_pixeldefend import ManifoldProjection
@@ -51,14 +48,6 @@ def vae():
 def images(count=6, seed=0):
     """Images near 0.5, so that nothing is clipped."""
     return 0.4 + 0.2 * np.random.default_rng(seed).random((count, *SHAPE), dtype=np.float32)
-
-
-def linear_classifier(defence, **arguments):
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
-    return PyTorchClassifier(
-        network, nn.CrossEntropyLoss(), SHAPE, 3, clip_values=(0.0, 1.0), preprocessing_defences=defence, **arguments
-    )
 
 
 # What is computed
@@ -210,33 +199,6 @@ def test_the_identity_gradient_passes_gradients_on(vae):
     x, weights = torch.from_numpy(images()).requires_grad_(), torch.randn(6, *SHAPE)
     purified = ManifoldProjection(vae, 5, gradient="identity").forward(x)[0]
     assert torch.equal(torch.autograd.grad((purified * weights).sum(), x)[0], weights)
-
-
-# In ART
-
-
-@pytest.mark.parametrize("gradient", ["identity", "exact", "implicit"])
-def test_arts_pgd_attacks_a_classifier_behind_the_projection(vae, gradient):
-    classifier = linear_classifier(ManifoldProjection(vae, 10, gradient=gradient, seed=0))
-    x, y = images(4), np.array([0, 1, 2, 0])
-    attack = ProjectedGradientDescentPyTorch(classifier, eps=0.3, eps_step=0.1, max_iter=4, verbose=False)
-    attacked = attack.generate(x, y)
-    loss = nn.CrossEntropyLoss()
-    before, after = (loss(torch.from_numpy(classifier.predict(some)), torch.from_numpy(y)) for some in (x, attacked))
-    assert after > before
-
-
-def test_copies_and_pickles_do_the_same(vae):
-    purifier, x = ManifoldProjection(vae, 10, 2, seed=4), images()
-    expected = purifier(x)[0]
-    for other in (copy.deepcopy(purifier), pickle.loads(pickle.dumps(purifier))):
-        assert np.array_equal(other(x)[0], expected)
-
-
-def test_art_clones_a_classifier_with_the_projection(vae):
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
-    clone = linear_classifier(ManifoldProjection(vae, 5), optimizer=optimizer).clone_for_refitting()
-    assert isinstance(clone.preprocessing_defences[0], ManifoldProjection)
 
 
 # Bad input

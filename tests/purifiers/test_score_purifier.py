@@ -1,12 +1,9 @@
 import copy
-import pickle
 
 import numpy as np
 import pytest
 import torch
-from art.attacks.evasion import ProjectedGradientDescentPyTorch
 from art.estimators.certification.randomized_smoothing import PyTorchRandomizedSmoothing
-from art.estimators.classification import PyTorchClassifier
 from torch import nn
 
 from art_pixeldefend.models.score import ScoreModel
@@ -35,14 +32,6 @@ def model():
 
 def images(count=6, seed=0):
     return np.random.default_rng(seed).random((count, *SHAPE), dtype=np.float32)
-
-
-def linear_classifier(defence, **arguments):
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
-    return PyTorchClassifier(
-        network, nn.CrossEntropyLoss(), SHAPE, 3, clip_values=(0.0, 1.0), preprocessing_defences=defence, **arguments
-    )
 
 
 # What is computed
@@ -191,47 +180,6 @@ def test_arts_smoothing_certifies_through_the_denoiser(model):
     labels = smoothed.predict(images(2))
     assert labels.shape == (2, 3)
     assert sum(map(len, seen)) == 100 and torch.cat(seen).min() < 0 and torch.cat(seen).max() > 1
-
-
-# In ART
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_arts_pgd_attacks_a_classifier_behind_the_purifier(model, variant):
-    classifier = linear_classifier(ScorePurifier(model, seed=0, **VARIANTS[variant]))
-    x, y = images(4), np.array([0, 1, 2, 0])
-    attack = ProjectedGradientDescentPyTorch(classifier, eps=0.1, eps_step=0.03, max_iter=3, verbose=False)
-    attacked = attack.generate(x, y)
-    assert np.abs(attacked - x).max() <= 0.1 + 1e-6
-    loss = nn.CrossEntropyLoss()
-    before, after = (loss(torch.from_numpy(classifier.predict(some)), torch.from_numpy(y)) for some in (x, attacked))
-    assert after > before
-
-
-def test_arts_pgd_attacks_a_classifier_behind_the_denoiser(model):
-    classifier = linear_classifier(ScoreDenoiser(model, 0.2))
-    x, y = images(4), np.array([0, 1, 2, 0])
-    attack = ProjectedGradientDescentPyTorch(classifier, eps=0.1, eps_step=0.03, max_iter=3, verbose=False)
-    loss = nn.CrossEntropyLoss()
-    before, after = (
-        loss(torch.from_numpy(classifier.predict(some)), torch.from_numpy(y)) for some in (x, attack.generate(x, y))
-    )
-    assert after > before
-
-
-@pytest.mark.parametrize("make", [ScorePurifier, ScoreDenoiser])
-def test_copies_and_pickles_do_the_same(model, make):
-    purifier, x = make(model, 0.2), images()
-    purifier.set_params(seed=4)
-    expected = purifier(x)[0]
-    for other in (copy.deepcopy(purifier), pickle.loads(pickle.dumps(purifier))):
-        assert np.array_equal(other(x)[0], expected)
-
-
-def test_art_clones_a_classifier_with_the_purifier(model):
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
-    clone = linear_classifier(ScorePurifier(model, seed=0), optimizer=optimizer).clone_for_refitting()
-    assert isinstance(clone.preprocessing_defences[0], ScorePurifier)
 
 
 # Bad input
