@@ -2,8 +2,13 @@
 
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
+import pytest
+from art.estimators.classification import PyTorchClassifier
 from PIL import Image
+from torch import nn
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -12,3 +17,39 @@ def test_the_readmes_picture_can_be_drawn(fashion_mnist, tmp_path):
     script = runpy.run_path(str(EXAMPLES / "purified_images.py"))
     script["main"](tmp_path / "picture.png", epochs=1, training_images=500, shown=2)
     assert Image.open(tmp_path / "picture.png").format == "PNG"
+
+
+@pytest.fixture
+def black_box():
+    return SimpleNamespace(**runpy.run_path(str(EXAMPLES / "black_box.py")))
+
+
+def test_a_defended_classifier_is_attacked_through_a_substitute(fashion_mnist, black_box, capsys):
+    results = black_box.main(training_steps=20, epochs=1, rounds=1, queries=8, images=6)
+    assert list(results) == ["no defence", "ManifoldProjection"]
+    for row in results.values():
+        assert row["queries"] == 16 and all(0 <= row[name] <= 100 for name in ("clean", "FGSM 8", "PGD 25"))
+    assert "ManifoldProjection: queries 16.0" in capsys.readouterr().out
+
+
+def test_a_substitute_learns_the_labels_that_it_asks_for_and_asks_for_each_image_once(black_box):
+    asked = []
+
+    def brightness(x):
+        asked.append(x)
+        return (x.mean((1, 2, 3)) > 0.5).astype(int)
+
+    rng = np.random.default_rng(0)
+    x = (rng.uniform(0, 0.5, (20, 1, 28, 28)) + 0.5 * rng.integers(0, 2, (20, 1, 1, 1))).astype(np.float32)
+    substitute, count = black_box.train_substitute(brightness, x, rounds=2, epochs=10)
+    assert count == 80 and [len(some) for some in asked] == [20, 20, 40]
+    assert (substitute.predict(x).argmax(1) == brightness(x)).mean() >= 0.9
+
+
+def test_augmentation_moves_images_along_the_gradient_of_their_label(black_box):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    substitute = PyTorchClassifier(network, nn.CrossEntropyLoss(), (1, 2, 2), 3)
+    x, labels = np.full((3, 1, 2, 2), 0.5, np.float32), np.array([2, 0, 1])
+    x[0, 0, 0, 0] = 1.0
+    signs = np.sign(network[1].weight.detach().numpy()[labels]).reshape(x.shape)
+    np.testing.assert_allclose(black_box.augmented(substitute, x, labels), np.clip(x + 0.1 * signs, 0, 1), rtol=1e-6)
