@@ -91,8 +91,8 @@ ImagesOrData = Annotated[
     str,
     typer.Argument(
         metavar="IMAGES",
-        help="a folder of images, a .npy or .npz file (uint8), or a data set (digits, fashion-mnist, cifar-10), "
-        "of which the test images are used",
+        help="a folder of images, a .npy or .npz file (uint8), or a data set (digits, fashion-mnist, "
+        "fashion-mnist-500, cifar-10), of which the test images are used",
     ),
 ]
 Model = Annotated[str, typer.Option(help=f"a bundled model ({BUNDLED}) or a .safetensors file")]

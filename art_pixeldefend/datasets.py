@@ -1,7 +1,8 @@
 """Data sets by name or path: 8-bit images (N, C, H, W) in train, calibration and test splits.
 
-Names: ``digits`` (scikit-learn's, no download), ``fashion-mnist``, ``cifar-10`` (the official files, from a data
-directory or downloaded into it). Paths: a folder of images, or an ``.npz``.
+Names: ``digits`` (scikit-learn's) and ``fashion-mnist-500`` (test images only), which need no download, and
+``fashion-mnist`` and ``cifar-10`` (the official files, from a data directory or downloaded into it). Paths: a folder of
+images, or an ``.npz``.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ FASHION_MNIST_MD5 = {
     "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
     "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
 }
+FASHION_MNIST_CLASSES = (
+    "T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
 CIFAR_10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR_10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 CIFAR_10_FOLDER = "cifar-10-batches-bin"
@@ -153,9 +157,10 @@ def load(name: str | PathLike[str], data_dir: str | PathLike[str] | None = None,
     depend on the order of the images.
 
     Args:
-        name: ``digits``, ``fashion-mnist``, ``cifar-10``, a folder of images of one size, or an ``.npz`` of
-            ``x_train`` and optionally ``x_calibration``, ``x_test`` (uint8, any usual layout) and ``y_train``,
-            ``y_calibration``, ``y_test`` (class numbers or one-hot). Without test images, a tenth of all is test.
+        name: ``digits``, ``fashion-mnist``, ``fashion-mnist-500`` (the first 500 test images of ``fashion-mnist`` and
+            no others), ``cifar-10``, a folder of images of one size, or an ``.npz`` of ``x_train`` and optionally
+            ``x_calibration``, ``x_test`` (uint8, any usual layout) and ``y_train``, ``y_calibration``, ``y_test``
+            (class numbers or one-hot). Without test images, a tenth of all is test.
         data_dir: where the official files are, or are downloaded to: their own folder or the one above it; by default
             the environment variable ``ART_PIXELDEFEND_DATA``, else a folder in the user's cache.
         download: fetch missing files, and check them against the official checksums.
@@ -187,7 +192,7 @@ def read(
     """Read images for a model: the test images of a data set, or all images of a folder or an array file.
 
     Args:
-        source: ``digits``, ``fashion-mnist``, ``cifar-10``, or a path as for :func:`read_images`.
+        source: a data set's name, or a path as for :func:`read_images`.
         model: an image model; images are grey or RGB as it is, and must be of its size.
         data_dir: as for :func:`load`.
         reserved: include the test images of a data set that :meth:`Dataset.calibration` gives for this model.
@@ -287,9 +292,14 @@ def _fashion_mnist(data_dir: Path, download: bool) -> Dataset:
     for images, labels, count in ((x_train, y_train, 60_000), (x_test, y_test, 10_000)):
         if images.shape != (count, 28, 28) or labels.shape != (count,):
             raise ValueError(f"fashion-mnist: expected {count} images of 28 x 28, got {images.shape}, {labels.shape}")
-    classes = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
     train, test = (Split(x[:, None], y.astype(np.int64)) for x, y in ((x_train, y_train), (x_test, y_test)))
-    return _dataset("fashion-mnist", train, test, classes)
+    return _dataset("fashion-mnist", train, test, FASHION_MNIST_CLASSES)
+
+
+def _fashion_mnist_500(data_dir: Path, download: bool) -> Dataset:
+    test = _arrays(read_arrays(Path(__file__).parent / "samples" / "fashion-mnist-500.npz"), "test")
+    none = Split(test.x[:0], test.y[:0])
+    return _dataset("fashion-mnist-500", none, test, FASHION_MNIST_CLASSES, reserved=200)
 
 
 def _cifar_10(data_dir: Path, download: bool) -> Dataset:
@@ -317,6 +327,7 @@ def _cifar_10(data_dir: Path, download: bool) -> Dataset:
 NAMED: dict[str, Callable[[Path, bool], Dataset]] = {
     "digits": _digits,
     "fashion-mnist": _fashion_mnist,
+    "fashion-mnist-500": _fashion_mnist_500,
     "cifar-10": _cifar_10,
 }
 

@@ -3,6 +3,7 @@ import hashlib
 import io
 import os
 import tarfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,6 +37,22 @@ def test_fashion_mnist_is_whole(fashion_mnist):
     assert official.x.mean() / 255 == pytest.approx(0.28604, abs=1e-5)
     assert len(fashion_mnist.x_calibration) == 6_000 and len(fashion_mnist.reserve().x) == 2_000
     assert np.bincount(fashion_mnist.y_test).tolist() == [1000] * 10
+
+
+def test_the_sample_holds_the_first_test_images_of_fashion_mnist(fashion_mnist):
+    sample = datasets.load("fashion-mnist-500")
+    np.testing.assert_array_equal(sample.x_test, fashion_mnist.x_test[:500])
+    np.testing.assert_array_equal(sample.y_test, fashion_mnist.y_test[:500])
+    assert sample.classes == fashion_mnist.classes
+
+
+def test_the_sample_is_there_without_a_download_and_small(tmp_path):
+    sample = datasets.load("fashion-mnist-500", tmp_path, download=False)
+    model = SimpleNamespace(provenance={})
+    assert len(sample.test(model).x) == 300 and len(sample.calibration(model).x) == 200 and not len(sample.x_train)
+    folder = Path(datasets.__file__).parent / "samples"
+    assert (folder / "fashion-mnist-500.npz").stat().st_size < 300_000
+    assert "Zalando" in (folder / "fashion-mnist-500.md").read_text()
 
 
 def test_cifar_10_is_whole(cifar_10):
@@ -166,7 +183,7 @@ def test_missing_official_files_are_named_with_the_remedy(name, tmp_path):
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="digits, fashion-mnist, cifar-10"):
+    with pytest.raises(ValueError, match="digits, fashion-mnist, fashion-mnist-500, cifar-10"):
         datasets.load("imagenet")
 
 
