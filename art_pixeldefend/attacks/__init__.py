@@ -1,16 +1,19 @@
 """ART evasion attacks that ART lacks, and the registry of all attacks of the evaluation."""
 
+from art_pixeldefend.attacks.adaptive_pgd import AdaptivePGD
 from art_pixeldefend.attacks.carlini_wagner import CarliniWagnerLInf
 from art_pixeldefend.attacks.clipped import Clipped
 from art_pixeldefend.attacks.deep_fool import DeepFoolLInf
 from art_pixeldefend.attacks.overpowered import OverpoweredAttack, Pairs
 from art_pixeldefend.attacks.random_noise import RandomNoise
 from art_pixeldefend.attacks.registry import ATTACKS, PAPER, Attack, make_attack, unclipped
+from art_pixeldefend.attacks.surrogate import Surrogate, fit_surrogate
 from art_pixeldefend.attacks.training import HalfNormalBIM, HalfNormalFGSM
 
 __all__ = [
     "ATTACKS",
     "PAPER",
+    "AdaptivePGD",
     "Attack",
     "CarliniWagnerLInf",
     "Clipped",
@@ -20,6 +23,8 @@ __all__ = [
     "OverpoweredAttack",
     "Pairs",
     "RandomNoise",
+    "Surrogate",
+    "fit_surrogate",
     "make_attack",
     "unclipped",
 ]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from inspect import signature
 from typing import Any
@@ -173,6 +173,8 @@ class Purifier(PreprocessorPyTorch):
         gradient: ``"identity"`` passes gradients on unchanged (BPDA, Athalye et al. 2018, arXiv:1802.00420);
             ``"exact"`` differentiates the computation, with the random numbers of the forward pass. For more images
             than ``batch_size`` it computes each batch again in the backward pass instead of keeping all activations.
+            A differentiable function of images in [0, 1] that approximates the purifier, such as a
+            :class:`~art_pixeldefend.attacks.Surrogate`, lends it its derivative.
         seed: of the random numbers. None draws a new one from torch's global generator at each call; with an integer,
             the result is a function of the seed and an image's position in the input, whatever ``batch_size``, up to
             rounding.
@@ -209,7 +211,7 @@ class Purifier(PreprocessorPyTorch):
         apply_predict: bool = True,
         verbose: bool = False,
         *,
-        gradient: str = "identity",
+        gradient: str | Callable[[Tensor], Tensor] = "identity",
         seed: int | None = None,
         device_type: str = "gpu",
     ) -> None:
@@ -222,6 +224,7 @@ class Purifier(PreprocessorPyTorch):
         self.gradient = gradient
         self.seed = seed
         self._warned = False
+        self._streams: tuple[int, Sequence[int]] | None = None
         self._check_params()
 
     @abstractmethod
@@ -264,17 +267,24 @@ class Purifier(PreprocessorPyTorch):
         if images.check(x) and self.clips_input and not self._warned:
             self._warned = True
             warnings.warn(f"images have values outside clip_values {images.shown}, which are clipped", stacklevel=3)
-        seed = self._call_seed()
+        seed, positions = self._streams_of(len(x))
 
-        def purify(part: Tensor, start: int) -> Tensor:
+        def unit(part: Tensor) -> Tensor:
             device = part.device if self.model is None else self.model.device
             dtype = torch.promote_types(part.dtype if part.is_floating_point() else torch.float32, self.precision)
-            unit = images.to_unit(part)
+            values = images.to_unit(part)
             if self.clips_input:
-                unit = StraightThrough.apply(unit, lambda values: values.clamp(0, 1))
-            unit = unit.to(device, dtype)
-            generator = BatchGenerator(seed, range(start, start + len(part)), device, dtype)
-            return images.from_unit(self.purify(unit, generator), like=part)
+                values = StraightThrough.apply(values, lambda values: values.clamp(0, 1))
+            return values.to(device, dtype)
+
+        def purify(part: Tensor, start: int) -> Tensor:
+            values = unit(part)
+            generator = BatchGenerator(seed, positions[start : start + len(part)], values.device, values.dtype)
+            return images.from_unit(self.purify(values, generator), like=part)
+
+        def approximate(part: Tensor, start: int) -> Tensor:
+            assert callable(self.gradient)
+            return images.from_unit(self.gradient(unit(part)), like=part)
 
         def batches(function: Callable[[slice], Tensor]) -> Tensor:
             def batch(positions: Tensor) -> Tensor:
@@ -287,11 +297,16 @@ class Purifier(PreprocessorPyTorch):
                 )
 
         differentiated = x.requires_grad and torch.is_grad_enabled()
-        if differentiated and self.gradient != "identity":
+        if differentiated and self.gradient in GRADIENTS[1:]:
             return Exact.apply(x, purify, batches)
         with torch.no_grad():
             result = batches(lambda part: purify(x[part], part.start))
-        return StraightThrough.apply(x, lambda _: result) if differentiated else result
+        if not differentiated:
+            return result
+        if callable(self.gradient):
+            surrogate = Exact.apply(x, approximate, batches)
+            return result + (surrogate - surrogate.detach())
+        return StraightThrough.apply(x, lambda _: result)
 
     def __call__(self, x: Any, y: Any | None = None) -> tuple[Any, Any | None]:
         """Purify arrays, for estimators of any framework.
@@ -329,6 +344,37 @@ class Purifier(PreprocessorPyTorch):
         with all_or_none(self):
             super().set_params(**kwargs)
 
+    @contextmanager
+    def drawing(self, seed: int, positions: Sequence[int]) -> Iterator[None]:
+        """Fix the random numbers of all calls in the context, whatever ``self.seed`` is.
+
+        Attacks use it to replay draws, and to give an image the same draws whatever batch it is in.
+
+        Args:
+            seed: of the calls.
+            positions: of each image, as for :class:`BatchGenerator`. In a call with k times as many images, of which
+                each k neighbours are the same, as from :class:`PurifiedModel`, they are at ``k * position + 0..k-1``.
+        """
+        before, self._streams = self._streams, (seed, positions)
+        try:
+            yield
+        finally:
+            self._streams = before
+
+    def _streams_of(self, count: int) -> tuple[int, Sequence[int]]:
+        """The seed and the images' positions of a call with ``count`` images."""
+        if self._streams is None:
+            return self._call_seed(), range(count)
+        seed, positions = self._streams
+        if count == len(positions):
+            return seed, positions
+        if not positions or count % len(positions):
+            raise ValueError(
+                f"x must hold a multiple of {len(positions)} images, the positions of drawing, got {count}"
+            )
+        copies = count // len(positions)
+        return seed, [copies * position + copy for position in positions for copy in range(copies)]
+
     def _call_seed(self) -> int:
         """Return the seed of a call's random numbers."""
         if self.stochastic and self.seed is None:
@@ -344,7 +390,7 @@ class Purifier(PreprocessorPyTorch):
         self.batch_size = check_count("batch_size", self.batch_size)
         if not isinstance(self.verbose, bool):
             raise ValueError(f"verbose must be a bool, got {self.verbose!r}")
-        if self.gradient not in self.gradients:
+        if not callable(self.gradient) and self.gradient not in self.gradients:
             supported = " or ".join(map(repr, self.gradients))
             raise ValueError(f"gradient must be {supported} for {type(self).__name__}, got {self.gradient!r}")
         if self.seed is not None:

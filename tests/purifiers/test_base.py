@@ -418,3 +418,31 @@ def test_representations_name_the_settings():
     assert repr(Noisy(seed=2)) == (
         "Noisy(clip_values=(0.0, 1.0), batch_size=128, verbose=False, gradient='identity', seed=2)"
     )
+
+
+def test_drawing_replays_the_numbers_of_each_image_in_any_batch():
+    purifier, x = Noisy(), torch.rand(4, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    with purifier.drawing(7, range(4)):
+        whole = purifier.purified(x)
+        assert torch.equal(purifier.purified(x), whole)
+    with purifier.drawing(7, [3, 1]):
+        assert torch.equal(purifier.purified(x[[3, 1]]), whole[[3, 1]])
+    with purifier.drawing(7, [2]):
+        copies = purifier.purified(x[[2, 2]])
+    with purifier.drawing(7, [4, 5]):
+        assert torch.equal(purifier.purified(x[[2, 2]]), copies)
+    with purifier.drawing(7, range(3)), pytest.raises(ValueError, match="x must hold a multiple of 3 images"):
+        purifier.purified(x)
+
+
+def test_a_surrogate_changes_the_backward_pass_only():
+    x = torch.rand(5, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    for batch_size in (2, 5):
+        purifier = Noisy(clip_values=(0, 2), batch_size=batch_size, seed=1)
+        plain = purifier(x)[0]
+        purifier.set_params(gradient=lambda unit: unit.square())
+        inputs = x.clone().requires_grad_()
+        purified = purifier(inputs)[0]
+        assert torch.equal(purified.detach(), plain)
+        (gradient,) = torch.autograd.grad(purified.sum(), inputs)
+        assert torch.allclose(gradient, x)  # of 2 (x / 2)^2

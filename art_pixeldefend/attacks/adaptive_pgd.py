@@ -1,0 +1,509 @@
+"""Projected gradient descent against classifiers behind purifiers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from art.attacks.attack import EvasionAttack
+from art.config import ART_NUMPY_DTYPE
+from art.estimators.classification import PyTorchClassifier
+from art.utils import check_and_transform_label_format, get_labels_np_array
+from torch import Tensor
+from tqdm import tqdm
+
+from art_pixeldefend.attacks import losses
+from art_pixeldefend.attacks.budget import scalar_clip_values
+from art_pixeldefend.attacks.through import backward_pass, purifiers_of, replayed
+from art_pixeldefend.attacks.training import frozen
+from art_pixeldefend.levels import TOP, from_levels, to_levels
+from art_pixeldefend.purifiers.base import GRADIENTS
+from art_pixeldefend.purifiers.logits import differentiable_logits
+from art_pixeldefend.validation import check_count, check_number
+
+NORMS = ("Linf", "L2")
+SCHEDULES = ("apgd", "cosine", "constant")
+FIRST_STEP = {"apgd": 2.0, "cosine": 0.5, "constant": 0.25}  # in radii
+SELECTION_DRAWS = 10
+
+# APGD (Croce and Hein 2020, arXiv:2003.01690, section 3)
+INERTIA = 0.25  # share of the last change in the next one
+FIRST_CHECK, SHORTER, SHORTEST = 0.22, 0.03, 0.06  # intervals between checks of the step size, in shares of all steps
+RISES = 0.75  # share of steps that must raise the loss
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class AdaptivePGD(EvasionAttack):
+    """Attack a classifier behind purifiers by projected gradient ascent on its loss, with gradients through them.
+
+    It differs from ART's PGD and AutoPGD in what a defence that purifies calls for:
+
+    - It returns the best of all images on the way, not the last: through a discontinuous purifier the loss jumps.
+      Where the defence draws random numbers, an image is chosen by draws other than those that made its gradients.
+    - Gradients are averaged over ``eot`` draws, all in one batch (expectation over transformation, EOT: Athalye et al.
+      2018, arXiv:1707.07397).
+    - ``gradient`` chooses the purifiers' backward pass, among them that of a learned
+      :class:`~art_pixeldefend.attacks.Surrogate`.
+    - Images that are misclassified, from the start or on the way, are not attacked further.
+
+    All random numbers of an image, also the purifiers', are a function of ``seed`` and the image's place in ``x``:
+    results do not depend on ``batch_size``, up to rounding. A purifier with an integer seed draws what it draws for
+    this place in prediction, so that the attack knows its random numbers.
+
+    Args:
+        estimator: a PyTorch classifier with clip values whose outputs are logits. Purifiers are found among its
+            preprocessing defences and, as :class:`~art_pixeldefend.PurifiedModel`, inside its model.
+        norm: ``"Linf"`` or ``"L2"``.
+        eps: radius, in the units of the estimator's clip values.
+        steps: gradient steps of one run. There is one run for each restart, or for each restart and target.
+        step_size: of the first step, as ``eps``. By default 2 ``eps`` for ``"apgd"``, ``eps`` / 2 for ``"cosine"``,
+            ``eps`` / 4 for ``"constant"``.
+        schedule: of the step sizes. ``"apgd"`` halves an image's when its loss stops rising, and goes back to its best
+            image (Auto-PGD: Croce and Hein 2020, arXiv:2003.01690); ``"cosine"`` lets them fall to 0; ``"constant"``.
+        momentum: decay of the sum of gradients that gives the direction, each divided by its L1 norm, for ``"cosine"``
+            and ``"constant"``; 0 for none. Auto-PGD has its own momentum.
+        loss: ``"ce"``, ``"margin"``, ``"dlr"`` (see :mod:`art_pixeldefend.attacks.losses`), or a function of (logits,
+            labels, images), images being those of the logits in the units of ``eps``, that returns one number for each
+            row; the attack makes it large.
+        targets: 0 attacks towards any other class; k runs towards each of the k most likely other classes in turn.
+        restarts: runs from different random starts.
+        eot: draws whose gradients are averaged. 1 is enough if nothing is random.
+        gradient: the purifiers' backward pass: ``"identity"``, ``"exact"``, ``"implicit"``, a surrogate; None keeps
+            their own.
+        selection_draws: draws that choose the best image; None for 10 if a purifier draws random numbers or ``eot`` is
+            more than 1, and otherwise for the one forward pass that also gives the gradient.
+        success_criterion: a function of (logits, labels, images), as ``loss``, that returns whether the attack is to be
+            counted as successful, (M,), bool. By default: whether the image is misclassified.
+        round_to_levels: whether to attack with 8-bit images only; ``x`` must be one of them.
+        seed: of the random numbers; None for a new one at every call.
+        batch_size: most images, times draws, that the classifier gets at a time.
+        verbose: show a progress bar.
+
+    Attributes:
+        success: (N,), whether more than half of the selection draws misclassify an image that :meth:`generate`
+            returned.
+        success_rate: (N,), the share of selection draws that misclassify it.
+        queries: (N,), the images, times draws, that were classified for each image.
+        fallen_at: (N,), the number of steps, of all runs together, after which an image was first misclassified in
+            most draws: 0 for the clean image; -1 for never.
+        losses: (runs, steps + 1, N), the mean of an image's loss over the draws of each step; NaN after it fell.
+        zero_gradients: the share of an image's gradients in which every value was zero, over all images and steps.
+        nonfinite_gradients: the share of gradients with NaN or infinity, which are replaced by zero.
+
+    Raises:
+        ValueError: naming the argument that is not as described.
+
+    Example:
+        >>> from torch import nn
+        >>> from art_pixeldefend import PixelDefend, datasets
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        >>> purifier = PixelDefend(eps=16, pixel_cnn="digits")
+        >>> classifier = PyTorchClassifier(
+        ...     model, nn.CrossEntropyLoss(), (1, 8, 8), 10, clip_values=(0, 1), preprocessing_defences=[purifier]
+        ... )
+        >>> x = datasets.load("digits").x_test[:4].astype(np.float32) / 255
+        >>> attack = AdaptivePGD(classifier, eps=8 / 255, steps=3, seed=0)
+        >>> attacked = attack.generate(x)
+        >>> bool(abs(attacked - x).max() < 8.001 / 255), attack.success.shape
+        (True, (4,))
+    """
+
+    attack_params = [
+        *EvasionAttack.attack_params, "norm", "eps", "steps", "step_size", "schedule", "momentum", "loss", "targets",
+        "restarts", "eot", "gradient", "selection_draws", "success_criterion", "round_to_levels", "seed", "batch_size",
+        "verbose",
+    ]  # fmt: skip
+    _estimator_requirements = (PyTorchClassifier,)
+
+    def __init__(
+        self,
+        estimator: Any,
+        *,
+        norm: str = "Linf",
+        eps: float = 8 / 255,
+        steps: int = 50,
+        step_size: float | None = None,
+        schedule: str = "apgd",
+        momentum: float = 0.75,
+        loss: str | Loss = "ce",
+        targets: int = 0,
+        restarts: int = 1,
+        eot: int = 1,
+        gradient: Any = None,
+        selection_draws: int | None = None,
+        success_criterion: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        round_to_levels: bool = False,
+        seed: int | None = None,
+        batch_size: int = 128,
+        verbose: bool = False,
+    ) -> None:
+        super().__init__(estimator=estimator)
+        self.norm, self.eps, self.steps, self.step_size, self.schedule = norm, eps, steps, step_size, schedule
+        self.momentum, self.loss, self.targets, self.restarts, self.eot = momentum, loss, targets, restarts, eot
+        self.gradient, self.selection_draws, self.success_criterion = gradient, selection_draws, success_criterion
+        self.round_to_levels, self.seed, self.batch_size, self.verbose = round_to_levels, seed, batch_size, verbose
+        self._check_params()
+
+    def generate(self, x: np.ndarray, y: np.ndarray | None = None, **kwargs: Any) -> np.ndarray:
+        """Attack images; of an image that is never misclassified the one with the largest margin is returned.
+
+        Args:
+            x: images (N, ...) within the clip values.
+            y: labels to get away from, class numbers (N,) or one-hot; by default the classifier's own predictions.
+
+        Raises:
+            ValueError: naming ``x``, if ``round_to_levels`` is set and they are not 8-bit images.
+        """
+        x = x.astype(ART_NUMPY_DTYPE)
+        if y is None:
+            y = get_labels_np_array(self.estimator.predict(x, batch_size=self.batch_size))
+        y = check_and_transform_label_format(y, nb_classes=self.estimator.nb_classes)
+        labels = torch.from_numpy(y.argmax(axis=1)).to(self.estimator.device)
+        search = _Search(self, x, labels)
+        with frozen(self.estimator), backward_pass(search.purifiers, self.gradient):
+            attacked = search.run()
+        self.success_rate = search.rate.cpu().numpy()
+        self.success = self.success_rate > 0.5
+        for name in ("queries", "fallen_at", "losses"):
+            setattr(self, name, getattr(search, name).cpu().numpy())
+        count = max(search.gradients, 1)
+        self.zero_gradients, self.nonfinite_gradients = search.zeros / count, search.nonfinite / count
+        return attacked
+
+    def _check_params(self) -> None:
+        scalar_clip_values(self.estimator)
+        for name, choices in (("norm", NORMS), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name in ("steps", "restarts", "eot", "batch_size"):
+            setattr(self, name, check_count(name, getattr(self, name)))
+        self.eps, self.momentum = check_number("eps", self.eps), check_number("momentum", self.momentum)
+        for name in ("selection_draws", "seed"):
+            if getattr(self, name) is not None:
+                setattr(self, name, check_count(name, getattr(self, name), least=name != "seed"))
+        if self.step_size is not None:
+            self.step_size = check_number("step_size", self.step_size)
+        if not (callable(self.loss) or self.loss in losses.NAMES):
+            raise ValueError(f"loss must be a function or one of {', '.join(losses.NAMES)}, got {self.loss!r}")
+        others = self.estimator.nb_classes - 1
+        self.targets = check_count("targets", self.targets, least=0, most=others)
+        if self.targets and callable(self.loss):
+            raise ValueError("targets must be 0 for a loss that is a function")
+        least = 3 if self.targets else 2
+        if self.loss == "dlr" and others < least:
+            raise ValueError(f"loss must not be 'dlr' for fewer than {least + 1} classes")
+        if not (self.gradient is None or callable(self.gradient) or self.gradient in GRADIENTS):
+            raise ValueError(f"gradient must be None, a function or one of {', '.join(GRADIENTS)}")
+        for name in ("round_to_levels", "verbose"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be a bool, got {getattr(self, name)!r}")
+
+
+@dataclass
+class _Evaluation:
+    """Of M images, over some draws: mean logits (M, classes), losses and margins (M,), share of successes (M,).
+
+    ``gradient`` (M, ...) is that of the mean loss.
+    """
+
+    logits: Tensor
+    loss: Tensor
+    margin: Tensor
+    rate: Tensor
+    gradient: Tensor | None = None
+
+    def __getitem__(self, chosen: Tensor) -> _Evaluation:
+        gradient = None if self.gradient is None else self.gradient[chosen]
+        return _Evaluation(self.logits[chosen], self.loss[chosen], self.margin[chosen], self.rate[chosen], gradient)
+
+
+class _Search:
+    """One call of ``generate``: images in [0, 1], the best of them so far, and what was counted on the way."""
+
+    def __init__(self, attack: AdaptivePGD, x: np.ndarray, y: Tensor) -> None:
+        self.attack, self.y, self.given = attack, y, x
+        self.low, self.high = scalar_clip_values(attack.estimator)
+        self.x = self._to_unit(x)
+        self.purifiers = purifiers_of(attack.estimator)
+        self.seed = int(torch.randint(2**31, (), device="cpu")) if attack.seed is None else attack.seed
+        self.selection_draws = attack.selection_draws
+        if self.selection_draws is None and (
+            attack.eot > 1 or any(p.stochastic and p.seed is None for p in self.purifiers)
+        ):
+            self.selection_draws = SELECTION_DRAWS
+        count, device = len(x), y.device
+        self.best = self.x.clone()
+        self.rate = torch.zeros(count, device=device)
+        self.margin = torch.full((count,), -torch.inf, device=device)
+        self.promise = torch.full((count,), -torch.inf, device=device)  # largest margin over a gradient's draws
+        self.queries = torch.zeros(count, dtype=torch.long, device=device)
+        self.fallen_at = torch.full((count,), -1, device=device)
+        runs = attack.restarts * max(attack.targets, 1)
+        self.losses = torch.full((runs, attack.steps + 1, count), torch.nan, device=device)
+        self.gradients = self.zeros = self.nonfinite = 0
+
+    def run(self) -> np.ndarray:
+        """Attack all images, and return the best found, in the estimator's range."""
+        attack, everyone = self.attack, torch.arange(len(self.x), device=self.x.device)
+        if not len(everyone):
+            return self.given
+        clean = self._evaluate(self.x, everyone, None, self.selection_draws or 1, self._stream())
+        self._keep(self.x, everyone, clean, 0)
+        targets = clean.logits.scatter(1, self.y[:, None], -torch.inf).topk(max(attack.targets, 1)).indices
+        with tqdm(total=len(self.losses) * attack.steps, unit="step", desc="attack", disable=not attack.verbose) as bar:
+            for run in range(len(self.losses)):
+                index = everyone[self.rate < 1]
+                towards = targets[:, run % attack.targets] if attack.targets else None
+                self._climb(run, index, towards, bar)
+        return self._from_unit(self.best)
+
+    def _climb(self, run: int, index: Tensor, targets: Tensor | None, bar: tqdm) -> None:
+        """Ascend from a random start, with the images ``index``; those that fall leave."""
+        attack = self.attack
+        ascent = _Ascent(attack, self.x[index], self._start(index, run), self.eps)
+        active = torch.arange(len(index), device=index.device)
+        for step in range(attack.steps + 1):
+            if not len(active):
+                break
+            where, last = index[active], step == attack.steps
+            points = self._rounded(ascent.z[active], self.x[where])
+            towards = None if targets is None else targets[where]
+            found = self._evaluate(points, where, towards, attack.eot, self._stream(run, step), gradient=not last)
+            self.losses[run, step, where] = found.loss
+            self._select(points, where, found, run * attack.steps + step)
+            bar.update(not last)
+            if not last:
+                going = self.rate[where] < 1
+                active = active[going]
+                ascent.move(active, found[going], step)
+
+    def _select(self, points: Tensor, index: Tensor, found: _Evaluation, steps: int) -> None:
+        """Keep images that are better than the best so far, judged by other draws than the gradient's if there are."""
+        if self.selection_draws is not None:
+            chosen = found.margin > self.promise[index]
+            points, index = points[chosen], index[chosen]
+            self.promise[index] = found.margin[chosen]
+            if not len(index):
+                return
+            found = self._evaluate(points, index, None, self.selection_draws, self._stream())
+        self._keep(points, index, found, steps)
+
+    def _keep(self, points: Tensor, index: Tensor, found: _Evaluation, steps: int) -> None:
+        """Keep images that succeed more often than the best so far, or as often with a larger margin."""
+        rate, margin = self.rate[index], self.margin[index]
+        better = (found.rate > rate) | ((found.rate == rate) & (found.margin > margin))
+        chosen = index[better]
+        self.best[chosen], self.rate[chosen], self.margin[chosen] = (
+            points[better],
+            found.rate[better],
+            found.margin[better],
+        )
+        self.fallen_at[index[(found.rate > 0.5) & (self.fallen_at[index] < 0)]] = steps
+
+    def _evaluate(
+        self, points: Tensor, index: Tensor, targets: Tensor | None, draws: int, seed: int, gradient: bool = False
+    ) -> _Evaluation:
+        """Classify ``points`` (M, ...), images at the places ``index`` (M,), with so many draws of each."""
+        self.queries[index] += draws
+        size = max(1, self.attack.batch_size // draws)
+        pieces = zip(points.split(size), index.split(size), strict=True)
+        parts = [
+            self._evaluate_batch(some, where, None if targets is None else part, draws, seed, gradient)
+            for (some, where), part in zip(pieces, (index if targets is None else targets).split(size), strict=True)
+        ]
+        logits, loss, margin, rate, *gradients = (torch.cat(part) for part in zip(*parts, strict=True))
+        if not gradient:
+            return _Evaluation(logits, loss, margin, rate)
+        return _Evaluation(logits, loss, margin, rate, self._checked(gradients[0]))
+
+    def _evaluate_batch(
+        self, points: Tensor, index: Tensor, targets: Tensor | None, draws: int, seed: int, gradient: bool
+    ) -> tuple[Tensor, ...]:
+        attack = self.attack
+        y = self.y[index].repeat_interleave(draws)
+        with torch.set_grad_enabled(gradient), replayed(self.purifiers, seed, index.tolist(), draws):
+            points = points.detach().requires_grad_(gradient)
+            images = points.repeat_interleave(draws, 0) * (self.high - self.low) + self.low
+            logits = differentiable_logits(attack.estimator, images)
+            if callable(attack.loss):
+                loss = attack.loss(logits, y, images)
+            else:
+                towards = None if targets is None else targets.repeat_interleave(draws)
+                loss = losses.FUNCTIONS[attack.loss](logits, y, towards)
+            mean = loss.unflatten(0, (len(points), draws)).mean(1)
+            gradients = torch.autograd.grad(mean.sum(), points) if gradient else ()
+        with torch.no_grad():
+            criterion = attack.success_criterion or (lambda logits, y, images: logits.argmax(1) != y)
+            succeeds = criterion(logits, y, images) & logits.isfinite().all(1)
+            margin = loss if callable(attack.loss) else losses.margin(logits, y)
+            over_draws = (
+                part.detach().float().unflatten(0, (len(points), draws)).mean(1) for part in (margin, succeeds)
+            )
+            return logits.detach().unflatten(0, (len(points), draws)).mean(1), mean.detach(), *over_draws, *gradients
+
+    def _checked(self, gradient: Tensor) -> Tensor:
+        """Count gradients that are zero or not finite; NaN and infinity become zero."""
+        flat = gradient.flatten(1)
+        self.gradients += len(flat)
+        self.zeros += int((flat == 0).all(1).sum())
+        self.nonfinite += int((~flat.isfinite()).any(1).sum())
+        return gradient.nan_to_num(0.0, 0.0, 0.0)
+
+    def _stream(self, *place: int) -> int:
+        """A seed of purifiers' random numbers: of a run and step, or without them of the selection."""
+        return int(np.random.SeedSequence([self.seed, len(place), *place]).generate_state(1, np.uint64)[0])
+
+    def _start(self, index: Tensor, run: int) -> Tensor:
+        """Random images in the ball, (M, ...)."""
+        x = self.x[index]
+        noise = np.empty(x.shape, np.float32)
+        for row, place in zip(noise, index.tolist(), strict=True):
+            rng = np.random.default_rng([self.seed, place, run])
+            row[:] = rng.uniform(-1, 1, row.shape) if self.attack.norm == "Linf" else rng.standard_normal(row.shape)
+        direction = torch.from_numpy(noise).to(x)
+        if self.attack.norm == "L2":
+            direction = _unit(direction, "L2")
+        return _projected(x + self.eps * direction, x, self.eps, self.attack.norm)
+
+    @property
+    def eps(self) -> float:
+        """The radius in the range [0, 1]."""
+        return self.attack.eps / (self.high - self.low)
+
+    def _rounded(self, z: Tensor, x: Tensor) -> Tensor:
+        """Images in the ball of ``x`` close to ``z``, 8-bit ones if wanted."""
+        if not self.attack.round_to_levels:
+            return z
+        levels, centre = z.double() * TOP, to_levels(x).double()
+        nearest = levels.round()
+        if self.attack.norm == "Linf":
+            radius = math.floor(self.eps * TOP + 1e-3)
+            nearest = nearest.minimum(centre + radius).maximum(centre - radius)
+        else:
+            inside = centre + (levels - centre).trunc()  # closer to the centre in every value
+            far = (nearest - centre).flatten(1).norm(dim=1) > self.eps * TOP
+            nearest = torch.where(_per_image(far, x), inside, nearest)
+        return (nearest.clamp(0, TOP) / TOP).to(z.dtype)
+
+    def _to_unit(self, x: np.ndarray) -> Tensor:
+        """Images of the estimator's range in [0, 1].
+
+        Raises:
+            ValueError: naming ``x``, if 8-bit images are wanted and they are not.
+        """
+        if self.attack.round_to_levels:
+            levels = to_levels(x, (self.low, self.high))
+            difference = np.abs(from_levels(levels, (self.low, self.high)) - x).max(initial=0)
+            if difference > 1e-3 * (self.high - self.low) / TOP:
+                raise ValueError("x must hold 8-bit images if round_to_levels is set")
+            return from_levels(torch.from_numpy(levels).to(self.y.device))
+        return torch.from_numpy((x - self.low) / (self.high - self.low)).to(self.y.device, torch.float32)
+
+    def _from_unit(self, unit: Tensor) -> np.ndarray:
+        """Images in the estimator's range; those that were not changed are exactly the input."""
+        clip_values = self.low, self.high
+        if self.attack.round_to_levels:
+            attacked = from_levels(to_levels(unit).cpu().numpy(), clip_values, self.given.dtype)
+        else:
+            attacked = (unit.cpu().numpy() * (self.high - self.low) + self.low).astype(self.given.dtype)
+        unchanged = (unit == self.x).flatten(1).all(1).cpu().numpy()
+        attacked[unchanged] = self.given[unchanged]
+        return np.clip(attacked, *clip_values)
+
+
+class _Ascent:
+    """The iterates of one run: points ``z`` (M, ...) of the balls around ``x``, moved along gradients."""
+
+    def __init__(self, attack: AdaptivePGD, x: Tensor, z: Tensor, eps: float) -> None:
+        self.attack, self.x, self.z, self.eps = attack, x, z, eps
+        self.before = z.clone()
+        first = FIRST_STEP[attack.schedule] * eps
+        if attack.step_size is not None and attack.eps:
+            first = attack.step_size / attack.eps * eps
+        self.first = first
+        self.size = torch.full((len(x),), first, device=x.device)
+        self.velocity = torch.zeros_like(z)
+        # of Auto-PGD
+        self.best, self.gradient = z.clone(), torch.zeros_like(z)
+        self.highest = torch.full((len(x),), -torch.inf, device=x.device)
+        self.last, self.highest_at_check = self.highest.clone(), self.highest.clone()
+        self.rises = torch.zeros(len(x), device=x.device)
+        self.halved = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        self.interval = max(1, int(FIRST_CHECK * attack.steps))
+        self.checked = 0
+
+    def move(self, active: Tensor, found: _Evaluation, step: int) -> None:
+        """Move the images ``active`` (K,) from points whose losses and gradients are given."""
+        assert found.gradient is not None
+        if self.attack.schedule == "apgd":
+            self._move_apgd(active, found.loss, found.gradient, step)
+            return
+        size = self.first
+        if self.attack.schedule == "cosine":
+            size *= (1 + math.cos(math.pi * step / self.attack.steps)) / 2
+        length = _per_image(found.gradient.flatten(1).abs().sum(1), self.x).clamp_min(1e-30)
+        self.velocity[active] = self.attack.momentum * self.velocity[active] + found.gradient / length
+        self.z[active] = self._step(active, self.velocity[active], torch.full_like(found.loss, size))
+
+    def _step(self, active: Tensor, direction: Tensor, size: Tensor) -> Tensor:
+        x = self.x[active]
+        moved = self.z[active] + _per_image(size, x) * _unit(direction, self.attack.norm)
+        return _projected(moved, x, self.eps, self.attack.norm)
+
+    def _move_apgd(self, active: Tensor, loss: Tensor, gradient: Tensor, step: int) -> None:
+        self.rises[active] += (loss > self.last[active]).float()
+        self.last[active] = loss
+        higher = loss > self.highest[active]
+        chosen = active[higher]
+        self.highest[chosen], self.best[chosen], self.gradient[chosen] = loss[higher], self.z[chosen], gradient[higher]
+        if step - self.checked >= self.interval:
+            self._check(active, gradient)
+            self.checked = step
+            shorter = self.interval - max(1, int(SHORTER * self.attack.steps))
+            self.interval = max(1, int(SHORTEST * self.attack.steps), shorter)
+        now, before = self.z[active], self.before[active]
+        moved = self._step(active, gradient, self.size[active])
+        if step:
+            moved = now + (1 - INERTIA) * (moved - now) + INERTIA * (now - before)
+            moved = _projected(moved, self.x[active], self.eps, self.attack.norm)
+        self.before[active], self.z[active] = now, moved
+
+    def _check(self, active: Tensor, gradient: Tensor) -> None:
+        """Halve the step size of images whose loss rises too seldom, and go back to their best points."""
+        stalled = ~self.halved[active] & (self.highest[active] <= self.highest_at_check[active])
+        seldom = self.rises[active] <= RISES * self.interval
+        back = seldom | stalled
+        index = active[back]
+        self.halved[active], self.highest_at_check[active] = back, self.highest[active]
+        self.rises[active] = 0
+        self.size[index] /= 2
+        self.z[index] = self.before[index] = self.best[index]
+        gradient[back] = self.gradient[index]
+
+
+def _projected(z: Tensor, x: Tensor, eps: float, norm: str) -> Tensor:
+    """The points of the balls around ``x``, and of [0, 1], to which ``z`` is moved."""
+    if norm == "Linf":
+        return z.minimum(x + eps).maximum(x - eps).clamp(0, 1)
+    change = z - x
+    length = _per_image(change.flatten(1).norm(dim=1), x)
+    return (x + change * (eps / length.clamp_min(1e-30)).clamp_max(1)).clamp(0, 1)
+
+
+def _unit(direction: Tensor, norm: str) -> Tensor:
+    """The step of size 1 in this norm along which a function of this gradient rises most; 0 for a gradient of 0."""
+    if norm == "Linf":
+        return direction.sign()
+    scale = _per_image(direction.flatten(1).abs().amax(1), direction).clamp_min(1e-30)
+    direction = direction / scale  # squares of tiny gradients would underflow
+    return direction / _per_image(direction.flatten(1).norm(dim=1), direction).clamp_min(1e-30)
+
+
+def _per_image(values: Tensor, x: Tensor) -> Tensor:
+    """Values (N,) in a shape that broadcasts over images ``x`` (N, ...)."""
+    return values.reshape(-1, *[1] * (x.ndim - 1))
