@@ -150,6 +150,46 @@ def fingerprint(x: np.ndarray) -> str:
     return digest.hexdigest()
 
 
+SAMPLE = "training_images_sample"  # the entry of a model's provenance
+SAMPLED = 256
+
+
+def sample(x: np.ndarray) -> list[str]:
+    """Identify some of the images (N, C, H, W), uint8: the first 64 bits of the 256 smallest SHA-256 of single images.
+
+    Any of them that is among other images has one of the smallest hashes there, too, so that part of a set is
+    recognised by a list of a few kilobytes; see :func:`training_images_in`.
+    """
+    return sorted(_image_hash(image) for image in x)[:SAMPLED]
+
+
+def training_images_in(x: np.ndarray, model: Any) -> int:
+    """Count the images that, by its provenance, ``model`` was trained on.
+
+    The trainer records a :func:`fingerprint` of the training images and a :func:`sample` of them. A positive result is
+    certain, but an image outside the sample is found only if ``x`` is the whole training set: of M training images
+    among N, M 256 / N are found on average.
+
+    Args:
+        x: levels (N, C, H, W), uint8.
+        model: an image model. The models that its training started from count as well.
+    """
+    provenance, found = getattr(model, "provenance", None), 0
+    whole = fingerprint(x)
+    hashes = [_image_hash(image) for image in x]
+    while isinstance(provenance, Mapping):
+        if provenance.get(FINGERPRINT) == whole:
+            return len(x)
+        known = provenance.get(SAMPLE)
+        found = max(found, len(set(known).intersection(hashes)) if isinstance(known, list) else 0)
+        provenance = provenance.get("start")
+    return found
+
+
+def _image_hash(image: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(image).data).hexdigest()[:16]
+
+
 def load(name: str | PathLike[str], data_dir: str | PathLike[str] | None = None, *, download: bool = True) -> Dataset:
     """Load the data set of this name, or at this path.
 

@@ -162,6 +162,20 @@ def test_fingerprints_tell_images_shapes_and_orders_apart():
     assert datasets.fingerprint(np.asfortranarray(x)) == datasets.fingerprint(x.copy())
 
 
+def test_training_images_are_found_among_others(digits):
+    x, other = digits.x_train, digits.x_test
+    trained = SimpleNamespace(provenance={datasets.SAMPLE: datasets.sample(x)})
+    tuned = SimpleNamespace(provenance={"start": trained.provenance})
+    for model in (trained, tuned):
+        assert datasets.training_images_in(x, model) == datasets.SAMPLED
+        assert datasets.training_images_in(other, model) == 0 == datasets.training_images_in(x[:0], model)
+        found = datasets.training_images_in(np.concatenate([other, x[::2][::-1]]), model)
+        assert 90 < found < 166  # half of those in the sample
+    whole = SimpleNamespace(provenance={datasets.FINGERPRINT: datasets.fingerprint(x)})
+    assert datasets.training_images_in(x, whole) == len(x) and datasets.training_images_in(x[1:], whole) == 0
+    assert datasets.training_images_in(x, SimpleNamespace()) == 0
+
+
 # Files
 
 

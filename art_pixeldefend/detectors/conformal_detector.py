@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from art.defences.detector.evasion import EvasionDetector
 from scipy import stats
 from torch import Tensor
+from tqdm import tqdm
 
 from art_pixeldefend import datasets
 from art_pixeldefend.batches import map_batches
@@ -26,6 +28,7 @@ from art_pixeldefend.detectors.conformal import (
     joint_p_values,
     least_calibration_images,
 )
+from art_pixeldefend.detectors.relaxation import JointLogPValues, LogPValues, combine_logs
 from art_pixeldefend.detectors.scores import Score
 from art_pixeldefend.levels import ClipValues, Images, as_tensor, check_clip_values, from_levels
 from art_pixeldefend.models import checkpoint
@@ -140,8 +143,9 @@ class ConformalDetector(EvasionDetector):
 
         Args:
             x: clean images (N, C, H, W) or (N, H, W, C) within ``clip_values`` that the scores' models were not trained
-                on; :meth:`art_pixeldefend.datasets.Dataset.calibration` gives suitable ones. There is a warning if they
-                are the training images of a model, as far as its provenance tells.
+                on; :meth:`art_pixeldefend.datasets.Dataset.calibration` gives suitable ones. There is a warning if some
+                of them are known to be training images of a model
+                (:func:`art_pixeldefend.datasets.training_images_in`).
             y: not used.
             batch_size: images scored at a time, if not the detector's own.
             nb_epochs: not used.
@@ -181,7 +185,56 @@ class ConformalDetector(EvasionDetector):
             ValueError: if the detector has not been fitted, or naming ``x``, or ``alpha`` if it is too small for the
                 number of calibration images.
         """
-        report = self._report(x, batch_size)
+        return self._decide(self._report(x, batch_size))
+
+    def detect_stream(
+        self, batches: Iterable[Any], total: int | None = None, batch_size: int | None = None
+    ) -> Iterator[tuple[dict, np.ndarray]]:
+        """Detect images that arrive batch by batch, in the memory of one batch.
+
+        The results are those of :meth:`detect` for all images together. ``verbose`` shows a progress bar.
+
+        Args:
+            batches: yields images as :meth:`detect` takes them, or tuples or lists of which they are the first element,
+                as a ``torch.utils.data.DataLoader`` with labels does.
+            total: the number of all images, for the progress bar; by default that of ``batches.dataset``, if any.
+            batch_size: images scored at a time, if not the detector's own.
+
+        Returns:
+            An iterator over the results of :meth:`detect` for each batch.
+
+        Raises:
+            ValueError: as :meth:`detect`; for ``x`` when the batch is reached.
+
+        Example:
+            >>> from art_pixeldefend import datasets
+            >>> from art_pixeldefend.detectors import Likelihood
+            >>> x = datasets.load("digits").x_test
+            >>> detector = ConformalDetector(Likelihood("digits"), clip_values=(0, 255))
+            >>> detector.fit(x[200:])
+            >>> [len(flags) for report, flags in detector.detect_stream(x[i : i + 8] for i in range(0, 20, 8))]
+            [8, 8, 8]
+        """
+        self._check_fitted()
+        if total is None and hasattr(getattr(batches, "dataset", None), "__len__"):
+            total = len(batches.dataset)  # type: ignore[attr-defined]
+        return self._stream(batches, total, batch_size)
+
+    def _stream(
+        self, batches: Iterable[Any], total: int | None, batch_size: int | None
+    ) -> Iterator[tuple[dict, np.ndarray]]:
+        seed, start = self._call_seed(1), 0
+        ties = self._ties(seed)
+        with tqdm(total=total, unit="image", desc="detect", disable=not self.verbose) as bar:
+            for batch in batches:
+                images, tensor = self._images(batch[0] if isinstance(batch, (tuple, list)) else batch)
+                scores = self._score(images, tensor, batch_size, seed, start, verbose=False)
+                yield self._decide(self._p_values(scores, ties))
+                start += len(scores)
+                bar.update(len(scores))
+
+    def _decide(self, report: dict[str, np.ndarray]) -> tuple[dict, np.ndarray]:
+        """The result of :meth:`detect`, of a report of scores and p-values."""
         return report | {"alpha": self.alpha}, (report["p_values"] <= self.alpha) | _any_nan(report["scores"])
 
     def detect_batch(
@@ -220,6 +273,105 @@ class ConformalDetector(EvasionDetector):
             clean = (1 + (p_values > STOREY).sum()) / (max(len(p_values), 1) * (1 - STOREY))
             q_values = np.minimum(q_values * min(clean, 1.0), 1.0)
         return report | {"q_values": q_values, "q": q}, (q_values <= q) | _any_nan(report["scores"])
+
+    # Gradients, for attacks that include the detector
+
+    def margin(self, x: Tensor, *, start: int = 0, seed: int | None = None) -> Tensor:
+        """A differentiable approximation of log(alpha / p), which is positive for images that are flagged.
+
+        P-values are ranks. Here they are interpolated between those of about fifty calibration images and extrapolated
+        beyond the highest scores, so that images have a gradient wherever the scores have one. It is meant for
+        attacks; whether an image is flagged is for :meth:`detect` to say, after the image is rounded to levels.
+
+        Args:
+            x: images (N, C, H, W) in [0, 1], floating-point, on any device.
+            start: position of the first image in the whole input, on which stochastic scores depend.
+            seed: of stochastic scores; by default that with which :meth:`detect` scores.
+
+        Returns:
+            (N,), float64, differentiable with respect to ``x`` where the scores are.
+
+        Raises:
+            ValueError: if the detector has not been fitted, or naming ``x``.
+
+        Example:
+            >>> from art_pixeldefend import datasets
+            >>> from art_pixeldefend.detectors import Likelihood
+            >>> data, detector = datasets.load("digits"), ConformalDetector(Likelihood("digits"), clip_values=(0, 255))
+            >>> detector.fit(data.x_test[200:])
+            >>> x = torch.rand(2, 1, 8, 8, requires_grad=True)
+            >>> margin = detector.margin(x)  # of noise, which is flagged
+            >>> bool((margin > 0).all()), torch.autograd.grad(margin.sum(), x)[0].shape
+            (True, torch.Size([2, 1, 8, 8]))
+        """
+        self._check_fitted()
+        seed = self._call_seed(1) if seed is None else seed
+        scores = torch.stack([score(x, start=start, seed=seed).double() for score in self._scores], dim=1)
+        return math.log(self.alpha) - self._log_p_values(scores)
+
+    def _log_p_values(self, scores: Tensor) -> Tensor:
+        """Approximate combined log p-values (M,) of scores (M, K), differentiable."""
+        assert self.calibration_scores is not None
+        calibration, count = self.calibration_scores, len(self.calibration_scores)
+        if self.combine == "joint":
+            return JointLogPValues(calibration, self._sides)(scores)
+
+        def adjust(p_values: np.ndarray) -> np.ndarray:
+            return self._raise(p_values, count) if self.conditional else p_values
+
+        logs = [LogPValues(calibration[:, k], sides, adjust)(scores[:, k]) for k, sides in enumerate(self._sides)]
+        return combine_logs(torch.stack(logs, dim=1), self.combine)
+
+    def predict(self, x: np.ndarray, batch_size: int | None = None, **kwargs: Any) -> np.ndarray:
+        """log(alpha / p) of images, above 0 for those that :meth:`detect` flags: a logit for ART.
+
+        With :meth:`class_gradient`, this is what ART's ``DetectorClassifier(classifier, detector)`` needs.
+
+        Args:
+            x: images (N, C, H, W) or (N, H, W, C) within ``clip_values``.
+            batch_size: images scored at a time, if not the detector's own.
+
+        Returns:
+            (N, 1), float32.
+
+        Raises:
+            ValueError: as :meth:`detect`.
+        """
+        report, flagged = self._decide(self._report(x, batch_size))
+        logits = np.log(self.alpha / report["p_values"]).astype(np.float32)
+        least = np.finfo(np.float32).tiny
+        return np.where(flagged, np.maximum(logits, least), np.minimum(logits, 0))[:, None]
+
+    def class_gradient(
+        self, x: np.ndarray, label: Any = None, training_mode: bool = False, **kwargs: Any
+    ) -> np.ndarray:
+        """The gradient of :meth:`margin` with respect to images.
+
+        Args:
+            x: images (N, C, H, W) or (N, H, W, C) within ``clip_values``.
+            label: not used: there is one output.
+            training_mode: not used.
+
+        Returns:
+            (N, 1, C, H, W) or (N, 1, H, W, C), of the dtype of ``x`` if that is floating-point, else float32.
+
+        Raises:
+            ValueError: as :meth:`detect`.
+        """
+        self._check_fitted()
+        images, tensor = self._images(x)
+        tensor = tensor if tensor.is_floating_point() else tensor.float()
+
+        def gradient(positions: Tensor) -> Tensor:
+            start = int(positions[0]) if len(positions) else 0
+            leaf = tensor[start : start + len(positions)].clone().requires_grad_()
+            with torch.enable_grad():
+                unit = images.to_unit(leaf).clamp(0, 1).float()
+                total = self.margin(unit, start=start).sum() if len(leaf) else leaf.sum()
+                return torch.autograd.grad(total, leaf)[0].cpu()
+
+        found = map_batches(gradient, torch.arange(len(tensor), device="cpu"), self.batch_size)
+        return found.numpy()[:, None]
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the calibration images' scores as safetensors, with fingerprints of the scores and their models.
@@ -291,8 +443,16 @@ class ConformalDetector(EvasionDetector):
             raise ValueError(f"x must be within clip_values {images.shown}, got {got}")
         return images, tensor
 
-    def _score(self, images: Images, tensor: Tensor, batch_size: int | None, seed: int) -> np.ndarray:
-        """Scores (N, K), float64."""
+    def _score(
+        self,
+        images: Images,
+        tensor: Tensor,
+        batch_size: int | None,
+        seed: int,
+        first: int = 0,
+        verbose: bool | None = None,
+    ) -> np.ndarray:
+        """Scores (N, K), float64, of images of which the first has the position ``first``."""
         size = self.batch_size if batch_size is None else check_count("batch_size", batch_size)
         if not len(tensor):
             return np.zeros((0, len(self._scores)))
@@ -304,31 +464,35 @@ class ConformalDetector(EvasionDetector):
                 unit = from_levels(images.to_levels(part))
             else:
                 unit = images.to_unit(part).clamp(0, 1).float()
-            values = [score(unit, start=start, seed=seed).double().cpu() for score in self._scores]
+            values = [score(unit, start=first + start, seed=seed).double().cpu() for score in self._scores]
             return torch.stack(values, dim=1)
 
+        verbose = self.verbose if verbose is None else verbose
         with torch.no_grad():
             return map_batches(
-                score, torch.arange(len(tensor), device="cpu"), size, verbose=self.verbose, what="score"
+                score, torch.arange(len(tensor), device="cpu"), size, verbose=verbose, what="score"
             ).numpy()
 
     def _report(self, x: Any, batch_size: int | None) -> dict[str, np.ndarray]:
         """Scores and p-values of images."""
+        self._check_fitted()
+        seed = self._call_seed(1)
+        return self._p_values(self._score(*self._images(x), batch_size, seed), self._ties(seed))
+
+    def _check_fitted(self) -> None:
         if self.calibration_scores is None:
             raise ValueError("the detector must be fitted, with fit(x_calibration) or load(path), before it detects")
         self._check_params()  # attributes may have been set
-        seed = self._call_seed(1)
-        scores = self._score(*self._images(x), batch_size, seed)
-        p_values, score_p_values = self._p_values(scores, seed)
-        return {"p_values": p_values, "score_p_values": score_p_values, "scores": scores}
 
-    def _p_values(self, scores: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Combined p-values (M,) and those of each score (M, K)."""
+    def _ties(self, seed: int) -> np.random.Generator | None:
+        """The generator of the numbers that order ties; None if they are not random."""
+        return np.random.default_rng([seed, TIES]) if self.ties == "random" and not self.conditional else None
+
+    def _p_values(self, scores: np.ndarray, ties: np.random.Generator | None) -> dict[str, np.ndarray]:
+        """The report: combined p-values (M,), those of each score (M, K), and the scores."""
         assert self.calibration_scores is not None
         calibration, number = self.calibration_scores, scores.shape[1]
-        random: np.ndarray | None = None
-        if self.ties == "random" and not self.conditional:
-            random = np.random.default_rng([seed, TIES]).random((len(scores), number + 1))
+        random = None if ties is None else ties.random((len(scores), number + 1))
         each = np.empty_like(scores)
         for k, two_sided in enumerate(self._sides):
             column, of_calibration = scores[:, k], calibration[:, k]
@@ -338,14 +502,14 @@ class ConformalDetector(EvasionDetector):
                     low = self._raise(conformal_p_values(-column, -of_calibration), len(calibration))
                     each[:, k] = np.minimum(2 * np.minimum(each[:, k], low), 1.0)
             else:
-                ties = None if random is None else random[:, k]
-                each[:, k] = conformal_p_values(column, of_calibration, two_sided=two_sided, ties=ties)
+                order = None if random is None else random[:, k]
+                each[:, k] = conformal_p_values(column, of_calibration, two_sided=two_sided, ties=order)
         if self.combine == "joint":
             combined = joint_p_values(scores, calibration, self._sides, None if random is None else random[:, -1])
         else:
             combined = combine_p_values(each, self.combine)
         combined = np.where(_any_nan(scores), self._least_p_value(len(calibration)), combined)
-        return combined, each
+        return {"p_values": combined, "score_p_values": each, "scores": scores}
 
     def _raise(self, p_values: np.ndarray, count: int) -> np.ndarray:
         """Calibration-conditional p-values; ``delta`` is divided among scores and sides."""
@@ -422,26 +586,17 @@ class ConformalDetector(EvasionDetector):
             raise ValueError(f"x must hold at least {least} images for alpha {self.alpha:g}, got {count}")
 
     def _warn_of_training_images(self, images: Images, tensor: Tensor) -> None:
-        """Warn if the images are those that a model was trained on, by the fingerprint in its provenance."""
-        fingerprints = {print_ for score in self._scores for model in score.models() for print_ in _trained_on(model)}
-        if fingerprints and datasets.fingerprint(images.to_levels(tensor).cpu().numpy()) in fingerprints:
-            warnings.warn(
-                "x holds the images that a model of the scores was trained on; more clean images than alpha will be "
-                "flagged",
-                stacklevel=4,
-            )
+        """Warn if some of the images are among those that a model was trained on, by the hashes in its provenance."""
+        levels = images.to_levels(tensor).cpu().numpy()
+        for model in (model for score in self._scores for model in score.models()):
+            if datasets.training_images_in(levels, model):
+                warnings.warn(
+                    f"x holds images that the {model.kind} model of the scores was trained on; more clean images than "
+                    "alpha will be flagged",
+                    stacklevel=4,
+                )
 
 
 def _any_nan(scores: np.ndarray) -> np.ndarray:
     """Whether any score of an image is NaN, (N,)."""
     return np.isnan(scores).any(axis=1)
-
-
-def _trained_on(model: Any) -> set[str]:
-    """The fingerprints of the images that a model, and those it was started from, were trained on."""
-    provenance, found = model.provenance, set[str]()
-    while isinstance(provenance, Mapping):
-        if isinstance(value := provenance.get(datasets.FINGERPRINT), str):
-            found.add(value)
-        provenance = provenance.get("start")
-    return found

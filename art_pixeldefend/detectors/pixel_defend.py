@@ -146,16 +146,19 @@ class PixelDefendDetector(ConformalDetector):
             ValueError: if the detector has not been fitted, or naming ``x``, or ``alpha`` if it is too small for the
                 number of calibration images.
         """
-        report, is_adversarial = super().detect(x, batch_size)
+        return super().detect(x, batch_size)
+
+    def _decide(self, report: dict[str, np.ndarray]) -> tuple[dict, np.ndarray]:
+        decided, is_adversarial = super()._decide(report)
         log_likelihoods = -report["scores"][:, 0]
-        report = {
-            "p_values": report["p_values"],
+        shown = {
+            "p_values": decided["p_values"],
             "bits_per_dim": self._bits(log_likelihoods),
             "log_likelihoods": log_likelihoods,
             "alpha": self.alpha,
             "reference": self.reference,
         }
-        return report, is_adversarial
+        return shown, is_adversarial
 
     def score(self, x: np.ndarray, batch_size: int | None = None) -> np.ndarray:
         """Log-likelihoods (N,) of images, in nats, float64.

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from art_pixeldefend import __version__
-from art_pixeldefend.datasets import FINGERPRINT, fingerprint
+from art_pixeldefend.datasets import FINGERPRINT, SAMPLE, fingerprint, sample
 from art_pixeldefend.devices import bf16_pays, default_float32
 from art_pixeldefend.files import check_file, remove_temporaries, write_atomically
 from art_pixeldefend.models import checkpoint, zoo
@@ -196,7 +196,11 @@ def train(
                 "loss": getattr(loss, "__qualname__", type(loss).__qualname__),
             },
         }
-        known = {**(provenance or {}), **({} if start is None else {"start": start.provenance})}
+        known = {
+            **(provenance or {}),
+            SAMPLE: sample(levels.cpu().numpy()),
+            **({} if start is None else {"start": start.provenance}),
+        }
         state = State(model, settings)
         if header is not None:
             _on_rank_0(group, lambda: state.load(folder / CHECKPOINT, run))

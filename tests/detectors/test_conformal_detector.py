@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 import torch
 from art.defences.detector.evasion import EvasionDetector
+from art.estimators.classification import DetectorClassifier, PyTorchClassifier
 from scipy import stats
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from art_pixeldefend import ConformalDetector, PixelDefendDetector, datasets
 from art_pixeldefend.detectors import Likelihood, Score
@@ -191,6 +194,104 @@ def test_results_depend_on_the_seed_and_positions_only():
     assert (noise != 0).all()  # calibration and detection draw independent numbers
 
 
+# Streams
+
+
+@pytest.mark.parametrize("combine", COMBINATIONS)
+def test_a_stream_is_detected_as_all_its_images_together(combine):
+    x, detector = images(50, seed=8), fitted([Pixel(0, noise=0.2), Pixel(2, sign=0.0)], combine=combine)
+    report, flagged = detector.detect(x)
+    found = list(detector.detect_stream(x[i : i + 7] for i in range(0, 50, 7)))
+    for name in ("p_values", "scores", "score_p_values"):
+        np.testing.assert_array_equal(np.concatenate([part[name] for part, _ in found]), report[name])
+    np.testing.assert_array_equal(np.concatenate([flags for _, flags in found]), flagged)
+    assert all(part["alpha"] == 0.05 for part, _ in found)
+    assert list(detector.detect_stream([])) == [] and next(detector.detect_stream([x[:0]]))[1].shape == (0,)
+
+
+def test_a_data_loader_is_detected_one_batch_at_a_time(capsys):
+    x, read = torch.from_numpy(images(40, seed=8)), []
+
+    class Watched(TensorDataset):
+        def __getitem__(self, i):
+            read.append(i)
+            return super().__getitem__(i)
+
+    detector = fitted(verbose=True)
+    stream = detector.detect_stream(DataLoader(Watched(x, torch.zeros(40)), batch_size=8))
+    capsys.readouterr()
+    assert read == []
+    report, _ = next(stream)
+    assert len(report["p_values"]) == 8 and len(read) == 8
+    rest = [report, *(part for part, _ in stream)]
+    np.testing.assert_array_equal(
+        np.concatenate([part["p_values"] for part in rest]), detector.detect(x)[0]["p_values"]
+    )
+    bars = capsys.readouterr().err
+    assert "detect: 100%" in bars and "40/40" in bars
+
+
+def test_a_stream_reports_errors_at_once_or_for_the_batch_that_causes_them():
+    with pytest.raises(ValueError, match="must be fitted"):
+        ConformalDetector(Pixel()).detect_stream([])
+    stream = fitted().detect_stream([images(3), np.full((1, *SHAPE), 2.0)])
+    next(stream)
+    with pytest.raises(ValueError, match=r"^x must be within clip_values"):
+        next(stream)
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("combine", COMBINATIONS)
+@pytest.mark.parametrize("options", [{}, {"two_sided": True}, {"conditional": "simes"}])
+def test_margins_are_positive_for_flagged_images_and_lead_out_of_them(combine, options):
+    if combine == "joint" and options.get("conditional"):
+        return
+    detector = fitted(combine=combine, alpha=0.1, count=999, **options)
+    x = torch.from_numpy(np.concatenate([images(200, seed=5), images(20, seed=6, shift=0.3)]))
+    report, flagged = detector.detect(x.numpy())
+    margin = detector.margin(x)
+    certain = np.abs(np.log(report["p_values"] / 0.1)) > 0.3  # approximations are off by up to about 15%
+    assert (flagged == (margin > 0).numpy())[certain].all() and certain.sum() > 100
+    leaf = x[200:].clone().requires_grad_()
+    for _ in range(60):
+        (gradient,) = torch.autograd.grad(detector.margin(leaf).clamp(min=-1.0).sum(), leaf)
+        leaf = (leaf - 0.02 * gradient.sign()).detach().clamp(0, 1).requires_grad_()
+    assert not detector.detect(leaf.detach().numpy())[1].any() and flagged[200:].mean() > 0.5
+
+
+def test_margins_score_as_detection_does():
+    detector = fitted([Pixel(0, noise=0.3)])
+    x = torch.from_numpy(images(20, seed=5))
+    whole = detector.margin(x)
+    assert torch.equal(torch.cat([detector.margin(x[:7]), detector.margin(x[7:], start=7)]), whole)
+    expected = np.log(0.05 / detector.detect(x.numpy())[0]["p_values"])
+    assert np.abs(whole.numpy() - expected).max() < 0.6 and not torch.equal(detector.margin(x, seed=5), whole)
+
+
+@pytest.mark.parametrize("clip_values", [(0, 1), (0, 255)])
+def test_arts_detector_classifier_flags_the_same_images_and_has_their_gradients(clip_values):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Softplus())
+    options = {"input_shape": SHAPE, "nb_classes": 3, "clip_values": clip_values, "device_type": "cpu"}
+    classifier = PyTorchClassifier(model, nn.CrossEntropyLoss(), **options)
+    detector = fitted(clip_values=(0, 1))
+    detector.set_params(clip_values=clip_values)
+    x = np.concatenate([images(20, seed=5), images(20, seed=6, shift=0.3)]) * np.float32(clip_values[1])
+    both = DetectorClassifier(classifier, detector)
+    flagged = detector.detect(x)[1]
+    assert 0 < flagged.sum() < 40
+    np.testing.assert_array_equal(both.predict(x).argmax(axis=1) == 3, flagged)
+    np.testing.assert_array_equal(detector.predict(x)[:, 0] > 0, flagged)
+    gradient = detector.class_gradient(x, label=0)
+    assert gradient.shape == (40, 1, *SHAPE) and gradient.dtype == np.float32
+    unit = torch.from_numpy(x / clip_values[1]).requires_grad_()
+    (expected,) = torch.autograd.grad(detector.margin(unit).sum(), unit)
+    np.testing.assert_allclose(gradient[:, 0], expected / clip_values[1], rtol=1e-4)
+    assert both.class_gradient(x, label=3).shape == (40, 1, *SHAPE)
+    assert detector.class_gradient(x[:0]).shape == (0, 1, *SHAPE)
+
+
 def test_ranges_layouts_and_tensors_give_the_same_scores():
     x = images(10, seed=6)
     detector = fitted(round_to_levels=True)
@@ -250,14 +351,17 @@ def test_calibrating_on_a_models_training_images_warns(make_model, make_levels):
     model, x = make_model((1, 4, 4)), make_levels(40, (1, 4, 4))
     model.provenance = {datasets.FINGERPRINT: "another", "start": {datasets.FINGERPRINT: datasets.fingerprint(x)}}
     detector = ConformalDetector(Likelihood(model), clip_values=(0, 255))
-    with pytest.warns(UserWarning, match="x holds the images that a model of the scores was trained on"):
+    with pytest.warns(UserWarning, match="x holds images that the pixelcnnpp model of the scores was trained on"):
         detector.fit(x)
     papers = PixelDefendDetector(model, (0, 255))
     with pytest.warns(UserWarning, match="trained on"):
         papers.fit(x)
+    model.provenance = {datasets.SAMPLE: datasets.sample(x)}
+    with pytest.warns(UserWarning, match="trained on"):  # some of them, in another order
+        detector.fit(np.concatenate([make_levels(20, (1, 4, 4), seed=1), x[30:], x[:3]]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        detector.fit(x[:-1])
+        detector.fit(make_levels(40, (1, 4, 4), seed=1))
         papers.fit(x, reference="training")
 
 
