@@ -182,9 +182,9 @@ def train(
     place, first, model_class = check_device("device", device or group.device), group.rank == 0, class_of(kind)
     sizes = {"filters": filters, "resnets": resnets, "mixtures": mixtures, "dropout": dropout}
     sizes = _model_options(model_class, {name: value for name, value in sizes.items() if value is not None}, option)
-    start = training.as_start(start_from, model_class, name="--start-from") if start_from else None
     with _argument("DATA"):
         images = datasets.load(data, data_dir)
+    start = training.as_start(start_from, model_class, images.image_shape, name="--start-from") if start_from else None
     counts = f"{len(images.x_calibration)} calibration and {len(images.x_test)} test images"
     if first and verbose:
         typer.echo(f"training on {len(images.x_train)} images; held back: {counts}", err=True)

@@ -61,8 +61,12 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
     A reader finds the old file or the new one, also after a power cut. Missing folders above ``path`` are created. A
     symbolic link is kept: what it points to is replaced. An old folder is removed with all that it holds.
 
+    If the body raises, the temporary path is removed and ``path`` is as before. A process that is killed, as by an
+    unhandled SIGTERM, leaves the temporary path, ``.NAME.<16 digits>.partial``, which :func:`remove_temporaries`
+    removes; if it was replacing a folder, perhaps the old one under the same name ending in ``.old``.
+
     Raises:
-        OSError: if it cannot be written; nothing partial is left.
+        OSError: if it cannot be written.
     """
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)

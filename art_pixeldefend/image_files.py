@@ -48,7 +48,11 @@ def layout_of(name: str, images: np.ndarray, channels: Sequence[int] = (1, 3)) -
         ValueError: naming the argument ``name``.
     """
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
-        raise ValueError(f"{name} must be uint8 images (N, H, W[, C]), got {images.dtype} of shape {images.shape}")
+        floats = "; convert values of 0 to 1 by np.rint(255 * x).astype(np.uint8)" if images.dtype.kind == "f" else ""
+        raise ValueError(
+            f"{name} must be uint8 images (N, C, H, W), (N, H, W, C) or (N, H, W), got {images.dtype} of shape "
+            f"{images.shape}{floats}"
+        )
     if images.ndim == 3 and 1 in channels:
         return "NHW"
     if images.ndim == 4 and images.shape[1] in channels:

@@ -113,8 +113,11 @@ class Images:
     ) -> None:
         self.image_shape, self.clip_values, self.channels_first = image_shape, clip_values, channels_first
 
-    def check(self, x: Tensor) -> bool:
-        """Check images, and return whether any value is more than half a level outside ``clip_values``.
+    def check(self, x: Tensor) -> str:
+        """Check images, and describe their range if any value is more than half a level outside ``clip_values``.
+
+        Returns:
+            The range, with a hint where other ``clip_values`` look right; an empty text if no value is outside.
 
         Raises:
             ValueError: naming ``x``: a wrong shape or dtype, NaN or infinity, or values more than ten ranges outside
@@ -124,7 +127,7 @@ class Images:
             raise ValueError(f"x must hold real numbers, got dtype {x.dtype}")
         low, high = self._ends(x)
         if not x.numel() or (x.dtype == torch.uint8 and self.clip_values == (0, TOP)):
-            return False
+            return ""
         x = x.detach()
         if x.dtype in (torch.uint16, torch.uint32, torch.uint64):  # torch cannot compare these
             x = x.double()
@@ -133,11 +136,15 @@ class Images:
         least, most = ends[0].min().item(), ends[1].max().item()
         if not (math.isfinite(least) and math.isfinite(most)):
             raise ValueError("x must be finite, got NaN or infinity")
+        if least >= -0.5 / TOP and most <= 1 + 0.5 / TOP:
+            return ""
+        found = f"{x.min().item():g} to {x.max().item():g}"
         if least < -FAR or most > 1 + FAR:
-            got = f"{x.min().item():g} to {x.max().item():g}"
             hint = "for pixels of 0 to 255 pass clip_values=(0, 255)"
-            raise ValueError(f"x must be within clip_values {self.shown}, got {got}; {hint}")
-        return least < -0.5 / TOP or most > 1 + 0.5 / TOP
+            raise ValueError(f"x must be within clip_values {self.shown}, got {found}; {hint}")
+        if not isinstance(low, Tensor) and (low, high) == UNIT and -1 <= least < -0.5 and most <= 1:
+            found += "; for images in [-1, 1] pass clip_values=(-1, 1)"
+        return found
 
     @property
     def shown(self) -> str:
@@ -164,9 +171,8 @@ class Images:
         Raises:
             ValueError: as :meth:`check`, or for values more than half a level outside ``clip_values``.
         """
-        if self.check(x):
-            got = f"{x.min().item():g} to {x.max().item():g}"
-            raise ValueError(f"x must be within clip_values {self.shown}, got {got}")
+        if found := self.check(x):
+            raise ValueError(f"x must be within clip_values {self.shown}, got {found}")
         bytes_ = x.dtype == torch.uint8 and self.clip_values == (0, TOP)
         levels = x if bytes_ else to_levels(x.detach(), self._ends(x))
         return levels if self._is_nchw(x) else levels.movedim(-1, 1)

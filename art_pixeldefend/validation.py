@@ -1,10 +1,12 @@
-"""Argument checks; their errors name the argument and what was expected."""
+"""Argument checks, whose errors name the argument and what was expected; parameters set all together or not at all."""
 
 from __future__ import annotations
 
 import math
 import numbers
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -151,6 +153,18 @@ def check_labels(name: str, y: Any, count: int | None = None) -> np.ndarray:
         expected = "" if count is None else f"{count} "
         raise ValueError(f"{name} must be {expected}class numbers or one-hot rows, got {given}")
     return labels.astype(np.int64)
+
+
+@contextmanager
+def all_or_none(holder: Any) -> Iterator[None]:
+    """Restore the attributes of ``holder`` if the body of the context raises."""
+    before = dict(vars(holder))
+    try:
+        yield
+    except BaseException:
+        vars(holder).clear()
+        vars(holder).update(before)
+        raise
 
 
 def _is_one_hot(labels: np.ndarray) -> bool:

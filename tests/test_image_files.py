@@ -32,6 +32,19 @@ def test_an_array_is_written_back_as_it_was_read(tmp_path_factory, layout, chann
     np.testing.assert_array_equal(again if suffix == ".npy" else again["x"], images)
 
 
+def test_arrays_that_are_not_levels_are_refused_with_the_layouts_and_the_conversion(tmp_path):
+    x = np.random.default_rng(0).random((2, 1, 6, 5))
+    np.save(tmp_path / "x.npy", x)
+    with pytest.raises(ValueError, match=r"x\.npy must be uint8 images \(N, C, H, W\).*float64") as error:
+        read_images(tmp_path / "x.npy")
+    conversion = str(error.value).partition("values of 0 to 1 by ")[2]
+    np.save(tmp_path / "x.npy", eval(conversion, {"np": np, "x": x}))
+    assert np.abs(read_images(tmp_path / "x.npy").levels / 255 - x).max() <= 0.5 / 255 + 1e-9
+    np.save(tmp_path / "x.npy", x.astype(np.int64))
+    with pytest.raises(ValueError, match=r"uint8 images .*got int64 of shape \(2, 1, 6, 5\)$"):
+        read_images(tmp_path / "x.npy")
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_folder_is_written_back_with_its_names_and_subfolders(channels, tmp_path):
     levels = np.random.default_rng(0).integers(0, 256, (3, 7, 5, channels), dtype=np.uint8)

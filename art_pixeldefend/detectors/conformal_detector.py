@@ -32,8 +32,7 @@ from art_pixeldefend.detectors.relaxation import JointLogPValues, LogPValues, co
 from art_pixeldefend.detectors.scores import Score
 from art_pixeldefend.levels import ClipValues, Images, as_tensor, check_clip_values, from_levels
 from art_pixeldefend.models import checkpoint
-from art_pixeldefend.purifiers.parameters import all_or_none
-from art_pixeldefend.validation import check_count, check_number
+from art_pixeldefend.validation import all_or_none, check_count, check_number
 
 KIND = "conformal-detector"
 TIES = 2**62  # the stream of the numbers that order ties; those below belong to images
@@ -438,9 +437,8 @@ class ConformalDetector(EvasionDetector):
         """Check images; return their converter and the tensor."""
         tensor = (x if isinstance(x, Tensor) else as_tensor(x)).detach()
         images = Images(self.image_shape, self.clip_values)
-        if images.check(tensor):
-            got = f"{tensor.min().item():g} to {tensor.max().item():g}"
-            raise ValueError(f"x must be within clip_values {images.shown}, got {got}")
+        if found := images.check(tensor):
+            raise ValueError(f"x must be within clip_values {images.shown}, got {found}")
         return images, tensor
 
     def _score(

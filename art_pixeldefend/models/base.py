@@ -49,6 +49,11 @@ class ImageModel(nn.Module):
         return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
     @property
+    def summary(self) -> str:
+        """The constructor call that builds a model of this size, in one line."""
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.configuration.items())})"
+
+    @property
     def device(self) -> torch.device:
         """The device of the parameters."""
         return next(self.parameters()).device

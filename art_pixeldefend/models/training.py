@@ -262,22 +262,30 @@ def check_run_folder(folder: str | PathLike[str], *, resume: bool = False, overw
     check_file(folder / METRICS, overwrite=True)
 
 
-def as_start(value: Any, cls: type[Model], *, name: str = "start") -> Model:
+def as_start(
+    value: Any, cls: type[Model], image_shape: tuple[int, int, int] | None = None, *, name: str = "start"
+) -> Model:
     """A model that a run can begin with: what :func:`.zoo.as_model` accepts, or the path of a run's checkpoint.
 
     Of a checkpoint these are the averaged weights.
+
+    Args:
+        value: the model, its name or path, or the path of a checkpoint.
+        cls: the class that is needed.
+        image_shape: (C, H, W) of the images to train on; checkpoints of version 0.1.0 do not record it.
+        name: of the argument, for messages.
 
     Raises:
         ValueError: if it is not a model of class ``cls``; the message names the argument ``name``.
         FileNotFoundError: if it is a path without a file.
     """
     try:
-        is_run = isinstance(value, (str, PathLike)) and checkpoint.read_header(value).get("kind") == checkpoint.RUN
+        is_run = isinstance(value, (str, PathLike)) and zoo.is_run(checkpoint.read_header(value))
     except (ValueError, OSError):
         is_run = False
     if not is_run:
         return zoo.as_model(value, cls, "cpu", name=name)
-    tensors, header = checkpoint.read(value)
+    tensors, header = _read_run(value, image_shape)
     configuration = dict(header["model"])
     if (kind := configuration.pop("kind")) != cls.kind:
         raise ValueError(f"{name} must be of kind {cls.kind!r}, but {str(value)!r} is a run of kind {kind!r}")
@@ -371,11 +379,9 @@ class State:
             ValueError: if the file is not a checkpoint, or of a run that differs from ``run``; the message names what
                 differs.
         """
-        tensors, header = checkpoint.read(path)
-        if "settings" in header and "format" not in header:
-            tensors, header = _converted(tensors, header, list(self.parameters))
-        if header.get("kind") != checkpoint.RUN:
+        if not zoo.is_run(checkpoint.read_header(path)):
             raise ValueError(f"resume: {str(path)!r} is not a checkpoint of a training run")
+        tensors, header = _read_run(path, self.model.image_shape)
         if different := _differences(header, json.loads(json.dumps(run))):
             raise ValueError(
                 f"resume: {str(path)!r} is of another run: {'; '.join(different)}. Use its values, or begin "
@@ -421,21 +427,30 @@ def _earlier_segments(header: Mapping[str, Any], settings: Settings) -> list[dic
     return []
 
 
-def _converted(
-    tensors: Mapping[str, Tensor], header: Mapping[str, Any], names: list[str]
+def _read_run(
+    path: str | PathLike[str], image_shape: tuple[int, int, int] | None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A checkpoint of version 0.1.0, which only PixelCNN++ models had, in today's format.
+    """Tensors and header of a checkpoint; one of version 0.1.0, which only PixelCNN++ models had, in today's format.
 
-    It mentions neither images, processes, precision nor loss: these are not compared.
+    The latter mentions neither images, processes, precision nor loss.
     """
+    tensors, header = checkpoint.read(path)
+    if "format" in header:
+        return tensors, header
+    if image_shape is None:
+        raise ValueError(f"image_shape must be given for {str(path)!r}, a checkpoint of version 0.1.0")
     settings = {**header["settings"], "flip": False}
-    model = {name: settings.pop(name) for name in ("filters", "resnets", "mixtures", "dropout")}
+    configuration: dict[str, Any] = {"image_shape": list(image_shape)}
+    configuration |= {name: settings.pop(name) for name in ("filters", "resnets", "mixtures", "dropout")}
     del settings["dataset"]
+    with torch.device("meta"):
+        names = [name for name, _ in zoo.class_of("pixelcnnpp")(**configuration).named_parameters()]
     renamed = {}
     for name, tensor in tensors.items():
         part, i, *rest = name.split(".")
         renamed[".".join(["model" if part == "parameter" else part, names[int(i)], *rest])] = tensor
-    sections = {"model": {"kind": "pixelcnnpp", **model}, "settings": settings, "run": {"start": header["start"]}}
+    model = {"kind": "pixelcnnpp", **configuration}
+    sections = {"model": model, "settings": settings, "run": {"start": header["start"]}}
     return renamed, {"kind": checkpoint.RUN, "step": header["step"], **sections}
 
 

@@ -46,6 +46,11 @@ def kind_of(header: Mapping[str, Any]) -> str | None:
     return header.get("kind")
 
 
+def is_run(header: Mapping[str, Any]) -> bool:
+    """Whether a file with this header is the checkpoint of a training run; version 0.1.0 had no kinds."""
+    return header.get("kind") == RUN or {"step", "settings"} <= set(header)
+
+
 def names(kind: str | None = None) -> list[str]:
     """Names of the bundled models, of one kind if ``kind`` is given."""
     files = sorted(WEIGHTS.glob("*.safetensors"), key=lambda file: file.stem)
@@ -104,7 +109,7 @@ def _unlike_a_model(file: Path) -> str | None:
     if file.suffix in (".pth", ".pt", ".ckpt", ".pkl", ".pickle", ".bin") or (is_zip and file.suffix != ".npz"):
         return "a PyTorch or pickle file, which could run code if it was loaded; PixelCNNpp.save writes model files"
     header = checkpoint.read_header(file)
-    if header.get("kind") == RUN or {"step", "settings"} <= set(header):
+    if is_run(header):
         return f"the checkpoint of a training run, which train --resume continues; {model}"
     kind = kind_of(header) or ("classifier" if "network" in header else None)
     return None if kind in KINDS else f"of kind {kind!r}, not a model of images"
@@ -125,15 +130,21 @@ def as_model(value: Any, cls: type[Model], device: torch.device | str | None = N
     """
     if isinstance(value, cls):
         return value
-    kinds = [cls.kind, *(subclass.kind for subclass in cls.__subclasses__())]
-    bundled = [model for kind in kinds for model in names(kind)]
-    expected = f"{name} must be a {cls.__name__}, the path of one, or one of {', '.join(bundled)}"
     if not isinstance(value, (str, PathLike)):
-        raise ValueError(f"{expected}, got {type(value).__name__}")
+        raise ValueError(f"{_expected(name, cls)}, got {type(value).__name__}")
     try:
         model = load(value, device)
-    except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f"{expected}: {error}") from error
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{_expected(name, cls)}; there is no file {str(value)!r}") from None
+    except ValueError as error:
+        raise ValueError(f"{_expected(name, cls)}: {error}") from error
     if not isinstance(model, cls):
-        raise ValueError(f"{expected}, got {str(value)!r}, a {type(model).__name__}")
+        raise ValueError(f"{_expected(name, cls)}, got {str(value)!r}, a {type(model).__name__}")
     return model
+
+
+def _expected(name: str, cls: type[ImageModel]) -> str:
+    """What :func:`as_model` accepts, for messages."""
+    bundled = ", ".join(model for kind in KINDS if issubclass(class_of(kind), cls) for model in names(kind))
+    choices = f", the path of one, or one of {bundled}" if bundled else " or the path of one"
+    return f"{name} must be a {cls.__name__}{choices}"

@@ -20,8 +20,7 @@ from art_pixeldefend.batches import map_batches
 from art_pixeldefend.devices import full_float32
 from art_pixeldefend.levels import UNIT, ClipValues, Images, as_tensor, check_clip_values
 from art_pixeldefend.models.base import ImageModel
-from art_pixeldefend.purifiers.parameters import all_or_none
-from art_pixeldefend.validation import check_count
+from art_pixeldefend.validation import all_or_none, check_count
 
 GRADIENTS = ("identity", "exact", "implicit")
 
@@ -264,9 +263,11 @@ class Purifier(PreprocessorPyTorch):
     def purified(self, x: Tensor, clip_values: ClipValues = UNIT) -> Tensor:
         """Purify images of a given value range, whatever the purifier's own: as :meth:`forward` otherwise."""
         images = Images(self.image_shape, clip_values, self.channels_first)
-        if images.check(x) and self.clips_input and not self._warned:
+        found = images.check(x)
+        if found and self.clips_input and not self._warned:
             self._warned = True
-            warnings.warn(f"images have values outside clip_values {images.shown}, which are clipped", stacklevel=3)
+            outside = f"images have values outside clip_values {images.shown}, which are clipped: {found}"
+            warnings.warn(outside, stacklevel=3)
         seed, positions = self._streams_of(len(x))
 
         def unit(part: Tensor) -> Tensor:
@@ -397,7 +398,13 @@ class Purifier(PreprocessorPyTorch):
             self.seed = check_count("seed", self.seed, least=0)
 
     def __repr__(self) -> str:
-        names = [name for name in signature(type(self)).parameters if name in self.params]
-        settings = {name: getattr(self, name) for name in names}
-        shown = [f"{name}={value!r}" for name, value in settings.items() if not isinstance(value, nn.Module)]
+        settings = {name: getattr(self, name) for name in signature(type(self)).parameters if name in self.params}
+        shown = [f"{name}={_in_a_line(value)}" for name, value in settings.items()]
         return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def _in_a_line(value: Any) -> str:
+    """The representation of an argument, that of a module without its layers."""
+    if isinstance(value, ImageModel):
+        return value.summary
+    return f"{type(value).__name__}(...)" if isinstance(value, nn.Module) else repr(value)

@@ -16,7 +16,7 @@ from art_pixeldefend.purifiers.base import BatchGenerator, Purifier
 from art_pixeldefend.validation import check_eps
 
 UNIFORM = 8.0  # bits per dimension of the uniform distribution over 256 levels
-SCORED = 4  # images of the first batch that are scored, to find a density model that does not fit them
+SCORED = 4  # purified images of the first batch that are scored, to find a density model that does not fit
 
 
 class PixelDefend(Purifier):
@@ -86,23 +86,26 @@ class PixelDefend(Purifier):
 
     def purify(self, x: Tensor, generator: BatchGenerator) -> Tensor:
         """Purify images (N, C, H, W) in [0, 1]; every value of the result is one of 256 levels."""
-        levels = to_levels(x)
-        if not self._scored and len(levels):
+        purified = self.purify_levels(to_levels(x))
+        if not self._scored and len(purified):
             self._scored = True
-            self._check_density(levels[:SCORED])
-        return self.purify_levels(levels).to(x.dtype) / TOP
+            self._check_density(purified[:SCORED])
+        return purified.to(x.dtype) / TOP
 
     def purify_levels(self, levels: Tensor) -> Tensor:
         """Purify levels (N, C, H, W), uint8, on the model's device."""
         return greedy_decode(self.pixel_cnn, levels, self.eps, self.method, batch_size=self.batch_size)
 
-    def _check_density(self, levels: Tensor) -> None:
-        """Warn if the density model is no better than a uniform distribution."""
-        bits = self.pixel_cnn.bits_per_dim(levels).median().item()
+    def _check_density(self, purified: Tensor) -> None:
+        """Warn if the density model is no better than a uniform distribution, even for the images that it chose.
+
+        Attacked images may have as many bits with a model that fits clean ones well.
+        """
+        bits = self.pixel_cnn.bits_per_dim(purified).median().item()
         if bits >= UNIFORM:
             warnings.warn(
-                f"the density model gives the images {bits:.1f} bits per dimension, no fewer than a uniform "
-                f"distribution ({UNIFORM:g}): it does not fit them, and purifying is unlikely to help",
+                f"the density model gives purified images {bits:.1f} bits per dimension, no fewer than a uniform "
+                f"distribution ({UNIFORM:g}): it does not fit such images, and purifying is unlikely to help",
                 stacklevel=2,
             )
 

@@ -55,7 +55,9 @@ class PurifiedModel(nn.Module):
     def __init__(self, model: nn.Module, purifier: Purifier, runs: int = 1, combine: str = "logits") -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
-            raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+            inside = isinstance(getattr(model, "model", None), nn.Module)  # as ART's PyTorchClassifier has it
+            hint = ": pass classifier.model" if inside else ""
+            raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}{hint}")
         if not isinstance(purifier, Purifier):
             raise ValueError(f"purifier must be a Purifier, got {type(purifier).__name__}")
         if combine not in COMBINATIONS:

@@ -25,13 +25,15 @@ def test_images_of_attacks_with_a_radius_are_kept_as_bytes(finished):
         assert np.load(path, allow_pickle=False).dtype == np.uint8
 
 
-def test_adaptive_thresholds_are_calibrated_once(tmp_path, tiny, run, cells):
+def test_adaptive_thresholds_are_calibrated_once(tmp_path, tiny, run, cells, monkeypatch):
     grid = replace(tiny, rows=(ADAPTIVE,), eps=(40,), images=4, validation=6, chunk=4)
+    thresholds = [3.5, 4.5]
+    monkeypatch.setattr("art_pixeldefend.purifiers.AdaptivePixelDefend.calibrate", lambda *_: thresholds.pop(0))
     assert "Thresholds are chosen on 6 of the last test images" in run(tmp_path, grid)
+    assert run(tmp_path, replace(grid, images=8)) and thresholds == [4.5]
     (path,) = (tmp_path / "thresholds").iterdir()
-    threshold = json.loads(path.read_text())["threshold"]
-    used = {cell["settings"]["defence"]["steps"][0][1]["threshold"] for cell in cells(tmp_path)}
-    assert used == {threshold} and threshold >= 0
+    assert json.loads(path.read_text())["threshold"] == 3.5
+    assert {cell["settings"]["defence"]["steps"][0][1]["threshold"] for cell in cells(tmp_path)} == {3.5}
 
 
 def test_thresholds_are_chosen_on_test_images_that_no_model_has_seen_and_no_table_reports(tmp_path, monkeypatch, tiny):

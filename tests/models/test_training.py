@@ -530,6 +530,16 @@ def test_a_checkpoint_of_version_0_1_goes_on_as_an_uninterrupted_run(images, uni
     assert metrics(tmp_path) == metrics(uninterrupted[0])
 
 
+def test_a_run_starts_from_a_checkpoint_of_version_0_1(uninterrupted, copy):
+    path = copy / "checkpoint.safetensors"
+    in_the_format_of_version_0_1(path, SMALL)
+    start = as_start(path, PixelCNNpp, SHAPE)
+    assert same_weights(start, uninterrupted[1]) and start.configuration == uninterrupted[1].configuration
+    assert start.provenance["steps"] == SMALL.steps and "start" not in start.provenance
+    with pytest.raises(ValueError, match=r"image_shape must be given for '.*checkpoint"):
+        as_start(path, PixelCNNpp)
+
+
 # Starting from other weights
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from art_pixeldefend import PixelCNNpp
 from art_pixeldefend.models import checkpoint, zoo
 from art_pixeldefend.models.base import ImageModel
+from art_pixeldefend.models.generator import Generator
 
 
 class Other(ImageModel):
@@ -27,7 +28,6 @@ class Other(ImageModel):
 @pytest.fixture
 def other_kind(monkeypatch):
     monkeypatch.setitem(zoo.KINDS, "other", (__name__, "Other"))
-    monkeypatch.setattr(zoo, "import_module", lambda name: __import__("types").SimpleNamespace(Other=Other))
 
 
 @pytest.fixture
@@ -50,6 +50,18 @@ def test_a_model_of_another_kind_is_refused_by_the_argument_s_name(other_file):
         zoo.as_model(Other((1, 2, 3)), PixelCNNpp, name="pixel_cnn")
     with pytest.raises(ValueError, match="not 'pixelcnnpp'"):
         PixelCNNpp.load(other_file)
+
+
+def test_the_error_about_a_model_lists_the_bundled_models_of_its_kind_once(other_kind, tmp_path):
+    density = ", ".join(zoo.names("pixelcnnpp"))
+    with pytest.raises(FileNotFoundError) as error:
+        zoo.as_model("imagenet", PixelCNNpp, name="pixel_cnn")
+    expected = f"pixel_cnn must be a PixelCNNpp, the path of one, or one of {density}; there is no file 'imagenet'"
+    assert str(error.value) == expected
+    with pytest.raises(ValueError, match=rf"one of {', '.join(zoo.names('vae'))}, got int$"):
+        zoo.as_model(3, Generator)
+    with pytest.raises(ValueError, match=r"^model must be a Other or the path of one, got int$"):
+        zoo.as_model(3, Other)
 
 
 def test_a_model_that_is_passed_is_returned_as_it_is(make_model):

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from art_pixeldefend import PixelCNNpp, PixelDefend
 from art_pixeldefend.purifiers import Purifier
 from art_pixeldefend.purifiers.base import BatchGenerator
 
@@ -446,3 +447,10 @@ def test_a_surrogate_changes_the_backward_pass_only():
         assert torch.equal(purified.detach(), plain)
         (gradient,) = torch.autograd.grad(purified.sum(), inputs)
         assert torch.allclose(gradient, x)  # of 2 (x / 2)^2
+
+
+def test_the_representation_of_a_purifier_names_its_model(make_model):
+    model = make_model((1, 4, 3))
+    shown = eval(model.summary, {"PixelCNNpp": PixelCNNpp})
+    assert shown.configuration == model.configuration and "\n" not in model.summary
+    assert f"eps=5, pixel_cnn={model.summary}, batch_size=" in repr(PixelDefend(eps=5, pixel_cnn=model))

@@ -226,6 +226,17 @@ def test_impossible_arguments_are_refused_by_name(name, arguments):
         PurifiedModel(**({"model": network(), "purifier": Smooth()} | arguments))
 
 
+def test_an_art_classifier_is_refused_with_a_hint_that_works():
+    classifier = PyTorchClassifier(network(), nn.CrossEntropyLoss(), SHAPE, 4, device_type="cpu")
+    with pytest.raises(
+        ValueError, match=r"^model must be a torch\.nn\.Module, got PyTorchClassifier: pass classifier\.model$"
+    ):
+        PurifiedModel(classifier, Smooth())
+    assert PurifiedModel(classifier.model, Smooth())(images()).shape == (5, 4)
+    with pytest.raises(ValueError, match=r"got int$"):
+        PurifiedModel(3, Smooth())
+
+
 def test_integer_images_are_refused_by_name():
     with pytest.raises(ValueError, match=r"^x must"):
         PurifiedModel(network(), Smooth())(torch.zeros(2, *SHAPE, dtype=torch.uint8))

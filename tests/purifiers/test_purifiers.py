@@ -354,6 +354,17 @@ def test_values_outside_are_clipped_with_one_warning_per_instance(pixel_cnn, val
             defence(x)
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "hinted"), [(-1, 1, True), (-0.9, 0.8, True), (-0.2, 1, False), (-1, 1.2, False), (-2, 1, False)]
+)
+def test_images_in_minus_1_to_1_are_clipped_with_a_hint(low, high, hinted, pixel_cnn):
+    x = np.full((1, *SHAPE), low, np.float32)
+    x[..., 0] = high
+    with pytest.warns(UserWarning, match=rf"are clipped: {low:g} to {high:g}") as warned:
+        PixelDefend(eps=0, pixel_cnn=pixel_cnn)(x)
+    assert any("pass clip_values=(-1, 1)" in str(warning.message) for warning in warned) == hinted
+
+
 def test_pixels_of_0_to_255_under_a_range_of_0_to_1_are_refused_with_a_hint(pixel_cnn, levels):
     with pytest.raises(ValueError, match=r"^x must be within clip_values \(0, 1\).*clip_values=\(0, 255\)"):
         PixelDefend(pixel_cnn=pixel_cnn)(levels)
@@ -375,10 +386,14 @@ def test_a_density_model_worse_than_uniform_warns_once(make_model, levels, defen
         defence(levels)
 
 
-def test_a_density_model_that_fits_the_images_does_not_warn(digits, digits_model):
+@pytest.mark.parametrize("noise", [0, 8])
+def test_a_density_model_that_fits_clean_images_does_not_warn(noise, digits, digits_model):
+    signs = np.random.default_rng(0).choice([-noise, noise], digits.x_test[:16].shape)
+    x = np.clip(digits.x_test[:16].astype(int) + signs, 0, 255).astype(np.uint8)
+    assert (digits_model.bits_per_dim(x).median() > 8) == (noise > 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        PixelDefend((0, 255), 32, digits_model)(digits.x_test[:8])
+        PixelDefend((0, 255), 56, digits_model, batch_size=16)(x)
 
 
 # Adaptive PixelDefend
