@@ -24,10 +24,10 @@ import typer
 from timing import conditions
 
 from art_pixeldefend import PixelCNNpp, datasets
-from art_pixeldefend.devices import bf16_pays
 from art_pixeldefend.files import write_atomically
 from art_pixeldefend.models.gradients import gradients_of
 from art_pixeldefend.models.training import Settings, State, as_start, train
+from art_pixeldefend.precision import bf16_pays
 
 PIECE = 16 * 2**20 - 1  # bytes
 WEIGHTS = "weights.safetensors"

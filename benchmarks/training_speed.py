@@ -23,10 +23,10 @@ from published import command
 from timing import conditions
 
 from art_pixeldefend import PixelCNNpp, datasets
-from art_pixeldefend.devices import bf16_pays
 from art_pixeldefend.files import write_atomically
 from art_pixeldefend.models.gradients import Eager, gradients_of
 from art_pixeldefend.models.training import Settings, State
+from art_pixeldefend.precision import bf16_pays
 
 
 def stepper(model: PixelCNNpp, plain: bool, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 NAME = "art_pixeldefend"
 TOOLS = (
-    "levels", "validation", "files", "image_files", "pictures", "batches", "devices", "processes", "datasets",
+    "levels", "validation", "files", "image_files", "pictures", "batches", "precision", "processes", "datasets",
 )  # fmt: skip
 ORDER = ("tools", "models", "purifiers", "detectors", "attacks", "classifiers", "evaluation", "cli")
 PAPER = f"{NAME}.evaluation.paper"

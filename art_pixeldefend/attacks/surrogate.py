@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from art_pixeldefend.devices import full_float32
 from art_pixeldefend.levels import Images, as_tensor
+from art_pixeldefend.precision import full_float32
 from art_pixeldefend.purifiers.base import Purifier
 from art_pixeldefend.validation import check_count, check_number
 

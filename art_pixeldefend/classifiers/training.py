@@ -21,7 +21,7 @@ from tqdm import tqdm
 from art_pixeldefend.attacks.training import HalfNormalBIM, HalfNormalFGSM
 from art_pixeldefend.classifiers.layers import Network
 from art_pixeldefend.classifiers.networks import as_art
-from art_pixeldefend.devices import bf16_pays
+from art_pixeldefend.precision import bf16_pays
 from art_pixeldefend.validation import check_labels
 
 SMOOTHING = 0.1  # the probability that label smoothing takes from the true class

@@ -21,12 +21,12 @@ from art.estimators.classification.classifier import ClassifierMixin
 from PIL import Image
 from torch import Tensor, nn
 
-from art_pixeldefend.devices import full_float32
 from art_pixeldefend.levels import TOP, UNIT, Images, to_levels
 from art_pixeldefend.models.base import ImageModel
 from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
 from art_pixeldefend.models.score import ScoreModel
 from art_pixeldefend.models.zoo import as_model
+from art_pixeldefend.precision import full_float32
 from art_pixeldefend.purifiers.base import BatchGenerator, Purifier, StraightThrough
 from art_pixeldefend.purifiers.logits import differentiable_logits
 from art_pixeldefend.validation import check_count, check_number

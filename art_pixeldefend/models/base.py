@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from art_pixeldefend.devices import full_float32
 from art_pixeldefend.models import checkpoint, zoo
+from art_pixeldefend.precision import full_float32
 from art_pixeldefend.validation import check_levels
 
 _modes = threading.Lock()

@@ -29,12 +29,12 @@ from tqdm import tqdm
 
 from art_pixeldefend import __version__
 from art_pixeldefend.datasets import FINGERPRINT, SAMPLE, fingerprint, sample
-from art_pixeldefend.devices import bf16_pays, default_float32
 from art_pixeldefend.files import check_file, remove_temporaries, write_atomically
 from art_pixeldefend.models import checkpoint, zoo
 from art_pixeldefend.models.base import ImageModel
 from art_pixeldefend.models.checkpoint import CHECKPOINT, METRICS, MODEL, SAMPLES
 from art_pixeldefend.models.gradients import Gradients, all_reduce, gradients_of
+from art_pixeldefend.precision import bf16_pays, default_float32
 from art_pixeldefend.processes import ProcessGroup, process_group
 from art_pixeldefend.validation import check_count, check_device, check_number
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from art_pixeldefend.batches import map_batches
-from art_pixeldefend.devices import full_float32
 from art_pixeldefend.levels import UNIT, ClipValues, Images, as_tensor, check_clip_values
 from art_pixeldefend.models.base import ImageModel
+from art_pixeldefend.precision import full_float32
 from art_pixeldefend.validation import all_or_none, check_count
 
 GRADIENTS = ("identity", "exact", "implicit")

@@ -8,7 +8,7 @@ import pytest
 CHECK = """
 import torch
 from art_pixeldefend import PixelCNNpp
-from art_pixeldefend.devices import EXACT, OPERATIONS
+from art_pixeldefend.precision import EXACT, OPERATIONS
 
 def read(setting):
     try:
