@@ -33,8 +33,8 @@ class AdaptivePixelDefend(PixelDefend):
     | Paper link: https://arxiv.org/abs/1710.10766
 
     Args:
-        clip_values, eps, pixel_cnn, batch_size, apply_fit, apply_predict, verbose, method, device_type: as in
-            :class:`PixelDefend`.
+        clip_values, eps, pixel_cnn, batch_size, apply_fit, apply_predict, verbose, method, gradient, device_type: as
+            in :class:`PixelDefend`.
         threshold: bits per dimension (the paper: 1.8 for Fashion-MNIST, 3.2 for CIFAR-10). It belongs to a density
             model: choose it with :meth:`calibrate`.
 
@@ -63,12 +63,13 @@ class AdaptivePixelDefend(PixelDefend):
         *,
         threshold: float = 0.0,
         method: str = "auto",
+        gradient: str = "identity",
         device_type: str = "gpu",
     ) -> None:
         self.threshold = threshold
         super().__init__(
             clip_values, eps, pixel_cnn, batch_size, apply_fit, apply_predict, verbose,
-            method=method, device_type=device_type,
+            method=method, gradient=gradient, device_type=device_type,
         )  # fmt: skip
 
     def purify_levels(self, levels: Tensor) -> Tensor:

@@ -8,11 +8,12 @@ from os import PathLike
 import torch
 from torch import Tensor
 
-from art_pixeldefend.levels import TOP, UNIT, ClipValues, to_levels
+from art_pixeldefend.levels import UNIT, ClipValues, to_levels
 from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
 from art_pixeldefend.models.pixelcnnpp.decoders import choose_engine, greedy_decode, load_engine
 from art_pixeldefend.models.zoo import as_model
 from art_pixeldefend.purifiers.base import BatchGenerator, Purifier
+from art_pixeldefend.purifiers.soft_window import SoftWindow
 from art_pixeldefend.validation import check_eps
 
 UNIFORM = 8.0  # bits per dimension of the uniform distribution over 256 levels
@@ -24,8 +25,8 @@ class PixelDefend(Purifier):
 
         x*[i, j, k] = argmax over z, |z - x[i, j, k]| <= eps, of p(z | x* before it)
 
-    Images are rounded to 8-bit levels first. The result is piecewise constant, so gradients pass through as if it were
-    the identity (BPDA). It does not withstand attacks that use this (Athalye et al. 2018, arXiv:1802.00420).
+    Images are rounded to 8-bit levels first. The result is piecewise constant, so gradients are those of an
+    approximation (BPDA). It does not withstand attacks that use this (Athalye et al. 2018, arXiv:1802.00420).
 
     | Paper link: https://arxiv.org/abs/1710.10766
 
@@ -39,6 +40,9 @@ class PixelDefend(Purifier):
         apply_predict: purify in prediction, and so in attacks.
         verbose: show a progress bar.
         method: the decoder that :func:`greedy_decode` uses; all return the same images.
+        gradient: ``"identity"``, or ``"implicit"``, the derivative of the mean of each sub-pixel's conditional
+            distribution in a window with soft edges, and of its dependence on earlier sub-pixels
+            (:class:`~art_pixeldefend.purifiers.soft_window.SoftWindow`): a better guess at about four times the cost.
         device_type: ``"gpu"`` or ``"cpu"``: where a model that is loaded by path or name goes.
 
     Raises:
@@ -53,6 +57,7 @@ class PixelDefend(Purifier):
     """
 
     params = [*Purifier.params, "eps", "pixel_cnn", "method"]
+    gradients = ("identity", "implicit")
     precision = torch.float64  # rounding to levels is that of the exact value
 
     def __init__(
@@ -66,13 +71,16 @@ class PixelDefend(Purifier):
         verbose: bool = False,
         *,
         method: str = "auto",
+        gradient: str = "identity",
         device_type: str = "gpu",
     ) -> None:
         self.eps = eps
         self.pixel_cnn: PixelCNNpp = pixel_cnn  # type: ignore[assignment]  # _check_params loads it
         self.method = method
         self._scored = False
-        super().__init__(clip_values, batch_size, apply_fit, apply_predict, verbose, device_type=device_type)
+        super().__init__(
+            clip_values, batch_size, apply_fit, apply_predict, verbose, gradient=gradient, device_type=device_type
+        )
 
     @property
     def model(self) -> PixelCNNpp:  # type: ignore[override]
@@ -86,11 +94,11 @@ class PixelDefend(Purifier):
 
     def purify(self, x: Tensor, generator: BatchGenerator) -> Tensor:
         """Purify images (N, C, H, W) in [0, 1]; every value of the result is one of 256 levels."""
-        purified = self.purify_levels(to_levels(x))
+        purified = self.purify_levels(to_levels(x.detach()))
         if not self._scored and len(purified):
             self._scored = True
             self._check_density(purified[:SCORED])
-        return purified.to(x.dtype) / TOP
+        return SoftWindow.apply(x, purified, self.pixel_cnn, self.eps)
 
     def purify_levels(self, levels: Tensor) -> Tensor:
         """Purify levels (N, C, H, W), uint8, on the model's device."""

@@ -81,13 +81,13 @@ class PixelCNNpp(ImageModel):
 
     def sub_pixel_log_probs(self, x: Tensor) -> Tensor:
         """log p(x[k, i, j] | earlier sub-pixels) in nats, (N, C, H, W), differentiable in the weights."""
-        params = self._mixture_parameters(x)
+        params = self.mixture_parameters(x)
         levels = x.to(params.dtype).movedim(1, -1)
         channels = range(self.image_shape[0])
         per_channel = [mixture.log_prob(mixture.components(params, levels, k), levels[..., k]) for k in channels]
         return torch.stack(per_channel, dim=1)
 
-    def _mixture_parameters(self, x: Tensor) -> Tensor:
+    def mixture_parameters(self, x: Tensor) -> Tensor:
         """Mixture parameters (N, H, W, P) for levels ``x``, in float32 or better: mixtures need that precision."""
         params = self(x).movedim(1, -1)
         return params.float() if params.dtype.itemsize < 4 else params
@@ -113,7 +113,7 @@ class PixelCNNpp(ImageModel):
         z = torch.arange(mixture.LEVELS, device=self.device, dtype=dtype)
         with self.evaluating(), kept_weights(self):
             for chunk, result in zip(x.split(SCORING_CHUNK), out.split(SCORING_CHUNK), strict=True):
-                params, pixels = self._mixture_parameters(chunk), chunk.to(dtype).movedim(1, -1)
+                params, pixels = self.mixture_parameters(chunk), chunk.to(dtype).movedim(1, -1)
                 for k in range(self.image_shape[0]):
                     parts = mixture.components(params, pixels, k).for_each_level()
                     for levels, logs in zip(z.split(LEVEL_CHUNK), result[:, k].split(LEVEL_CHUNK, -1), strict=True):

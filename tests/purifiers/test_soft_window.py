@@ -1,0 +1,109 @@
+import numpy as np
+import pytest
+import torch
+
+from art_pixeldefend import AdaptivePixelDefend, PixelDefend
+from art_pixeldefend.models.pixelcnnpp import mixture
+from art_pixeldefend.purifiers.soft_window import EDGE, STRIDE, SoftWindow, window_means
+
+SHAPE = (2, 4, 4)
+EPS = 24
+pytestmark = pytest.mark.filterwarnings("ignore:the density model gives")  # the models here have random weights
+
+
+@pytest.fixture(scope="module")
+def model(make_model):
+    return make_model(SHAPE, filters=4).double()
+
+
+@pytest.fixture(scope="module")
+def x(make_levels):
+    return torch.from_numpy(make_levels(3, SHAPE)).double() / 255
+
+
+def test_means_are_those_of_the_conditional_distributions_in_the_window(model, x):
+    levels = (x * 255).round()
+    means = window_means(model.mixture_parameters(levels), levels, levels, EPS)
+    log_p = model.conditional_log_probs(levels.to(torch.uint8))
+    count = int((EPS + 3 * EDGE) // STRIDE)
+    for n, c, i, j in np.ndindex(*levels.shape):
+        centre = levels[n, c, i, j]
+        z = (centre + STRIDE * torch.arange(-count, count + 1)).clamp(0, 255)
+        weights = log_p[n, c, i, j, z.long()].exp()
+        weights = weights * torch.sigmoid((EPS - (z - centre)) / EDGE) * torch.sigmoid((EPS + z - centre) / EDGE)
+        assert means[n, c, i, j].item() == pytest.approx(((weights * z).sum() / weights.sum()).item(), abs=1e-6)
+
+
+def test_the_gradient_follows_the_window_and_one_step_through_earlier_sub_pixels(model, x):
+    """Against the dense Jacobians of the definition."""
+    purified = ((x * 255).round() + 10).clamp(0, 255)
+    gradient = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    inputs = x.clone().requires_grad_()
+    result = SoftWindow.apply(inputs, purified.to(torch.uint8), model, EPS)
+    assert torch.equal(result, purified / 255)
+    (found,) = torch.autograd.grad(result, inputs, gradient)
+    for n in range(len(x)):
+
+        def means(levels, centre, n=n):
+            levels, centre = levels.view(1, *SHAPE), centre.view(1, *SHAPE)
+            return window_means(model.mixture_parameters(levels), levels, centre, EPS).flatten()
+
+        at = purified[n].flatten(), 255 * x[n].flatten()
+        through, direct = torch.autograd.functional.jacobian(means, at)
+        assert torch.equal(direct, direct.diag().diag())  # a window moves its own sub-pixel only
+        expected = gradient[n].flatten() @ (direct + through @ direct)
+        assert torch.allclose(found[n].flatten(), expected, atol=1e-9)
+
+
+def test_means_are_differentiated_as_finite_differences_say(model, x):
+    levels = (x * 255).round()
+    params = model.mixture_parameters(levels).detach()
+    centre = levels.clamp(60, 200).requires_grad_()
+    # The levels that the mean is taken of move with the centre, but are not differentiated: they hold still here.
+    z_step = 1e-4
+    (found,) = torch.autograd.grad(window_means(params, levels, centre, EPS).sum(), centre)
+    count = int((EPS + 3 * EDGE) // STRIDE)
+    offsets = STRIDE * torch.arange(-count, count + 1)
+
+    def mean_at(shift):
+        results = []
+        for c in range(SHAPE[0]):
+            z = (centre.detach()[:, c, ..., None] + offsets).clamp(0, 255)
+            parts = mixture.components(params, levels.movedim(1, -1), c).for_each_level()
+            distance = z - centre.detach()[:, c, ..., None] - shift
+            weights = mixture.log_prob(parts, z).exp() * torch.sigmoid((EPS - distance) / EDGE)
+            weights = weights * torch.sigmoid((EPS + distance) / EDGE)
+            results.append((weights * z).sum(-1) / weights.sum(-1))
+        return torch.stack(results, 1)
+
+    expected = (mean_at(z_step) - mean_at(-z_step)) / (2 * z_step)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_purified_images_do_not_depend_on_the_gradient(make_model, make_levels):
+    x = torch.from_numpy(make_levels(20, SHAPE)) / 255
+    model = make_model(SHAPE)
+    plain = PixelDefend(eps=EPS, pixel_cnn=model)(x)[0]
+    gradients = []
+    for batch_size in (7, 20):
+        purifier = PixelDefend(eps=EPS, pixel_cnn=model, gradient="implicit", batch_size=batch_size)
+        inputs = x.clone().requires_grad_()
+        purified = purifier(inputs)[0]
+        assert torch.equal(purified.detach(), plain)
+        gradients += torch.autograd.grad(purified.square().sum(), inputs)
+    assert torch.allclose(*gradients, atol=1e-5)
+    assert gradients[0].isfinite().all() and (gradients[0] != 0).flatten(1).any(1).all()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_images_that_are_not_purified_pass_their_gradients_on(make_model, make_levels):
+    x = torch.from_numpy(make_levels(6, SHAPE)) / 255
+    model = make_model(SHAPE)
+    bits = model.bits_per_dim((x * 255).to(torch.uint8))
+    purifier = AdaptivePixelDefend(eps=EPS, pixel_cnn=model, gradient="implicit", threshold=float(bits.median()) + 1e-6)
+    inputs = x.clone().requires_grad_()
+    purified = purifier(inputs)[0]
+    kept = (purified == x).flatten(1).all(1)
+    assert kept.any() and not kept.all()
+    (gradient,) = torch.autograd.grad(purified.sum(), inputs)
+    assert (gradient[kept] == 1).all() and (gradient[~kept] != 1).any()
