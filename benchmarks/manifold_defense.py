@@ -63,7 +63,7 @@ class Manifold(Subjects):
         path = self.work / "manifold.safetensors"
         if not path.is_file():
             began = time.process_time()
-            network = classifiers.load(self.work / "classifier.safetensors")[0]
+            network = classifiers.load(self.work / "classifier.safetensors")
             classifier = classifiers.as_art(network)
             attack = OverpoweredAttack(classifier, self.vae, **SEARCH)
             trainer = classifiers.ManifoldAdversarialTrainer(
@@ -71,9 +71,9 @@ class Manifold(Subjects):
             )
             trainer.fit(self.data.x_train.astype(np.float32) / 255, self.data.y_train)
             classifiers.save(path, network, {"cpu_seconds": round(time.process_time() - began, 1)})
-        network, provenance = classifiers.load(path)
+        network = classifiers.load(path)
         classifier = classifiers.as_art(network.requires_grad_(False))
-        classifier.cpu_seconds = provenance.get("cpu_seconds")
+        classifier.cpu_seconds = network.provenance.get("cpu_seconds")
         return classifier
 
 

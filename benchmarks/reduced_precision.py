@@ -36,7 +36,7 @@ def purified(model: PixelCNNpp, x: np.ndarray, eps: int) -> tuple[np.ndarray, fl
 
 def compare(model: PixelCNNpp, x: np.ndarray, y: np.ndarray, eps: int, classifier: Path | None) -> dict[str, Any]:
     """Measures of both results and of their difference."""
-    network = classifiers.as_art(classifiers.load(classifier)[0]) if classifier else None
+    network = classifiers.as_art(classifiers.load(classifier)) if classifier else None
     levels, facts = {}, {}
     for name, decoder in (("float32", model), ("bfloat16", copy.deepcopy(model).bfloat16())):
         levels[name], seconds = purified(decoder, x, eps)

@@ -113,9 +113,9 @@ class Subjects:
             began = time.process_time()
             network = self._tuned() if tuned else self._trained()
             classifiers.save(path, network, {"cpu_seconds": round(time.process_time() - began, 1)})
-        network, provenance = classifiers.load(path)
+        network = classifiers.load(path)
         classifier = classifiers.as_art(network.requires_grad_(False))
-        classifier.cpu_seconds = provenance.get("cpu_seconds")
+        classifier.cpu_seconds = network.provenance.get("cpu_seconds")
         return classifier
 
     def _trained(self) -> torch.nn.Module:
@@ -124,7 +124,7 @@ class Subjects:
         return classifiers.train(network, images.x, images.y, "quick", verbose=True)
 
     def _tuned(self) -> torch.nn.Module:
-        network = classifiers.load(self.work / "classifier.safetensors")[0]
+        network = classifiers.load(self.work / "classifier.safetensors")
         purifier = ScorePurifier(self.score_model)
         trainer = classifiers.PurifiedTrainer(classifiers.as_art(network), purifier, {"sigma": SIGMAS}, verbose=True)
         trainer.fit(self.data.x_train.astype(np.float32) / 255, self.data.y_train)

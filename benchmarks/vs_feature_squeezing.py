@@ -86,7 +86,7 @@ def load(source: str) -> nn.Module:
         ValueError: if ``source`` is none of the three kinds.
     """
     if source.endswith(".safetensors"):
-        return classifiers.load(source)[0]
+        return classifiers.load(source)
     if Path(source).is_file():
         return torch.jit.load(source, map_location="cpu")
     module, _, function = source.partition(":")

@@ -8,7 +8,7 @@ from art_pixeldefend.attacks.overpowered import OverpoweredAttack, Pairs
 from art_pixeldefend.attacks.random_noise import RandomNoise
 from art_pixeldefend.attacks.registry import ATTACKS, PAPER, Attack, make_attack, unclipped
 from art_pixeldefend.attacks.surrogate import Surrogate, fit_surrogate
-from art_pixeldefend.attacks.training import HalfNormalBIM, HalfNormalFGSM
+from art_pixeldefend.attacks.training import HalfNormalBIM, HalfNormalFGSM, TrainingPGD
 
 __all__ = [
     "ATTACKS",
@@ -24,6 +24,7 @@ __all__ = [
     "Pairs",
     "RandomNoise",
     "Surrogate",
+    "TrainingPGD",
     "fit_surrogate",
     "make_attack",
     "unclipped",

@@ -1,4 +1,4 @@
-"""FGSM and BIM with a random radius per image, for adversarial training (PixelDefend, Appendix B)."""
+"""Attacks for adversarial training: FGSM and BIM with random radii (PixelDefend, Appendix B), and PGD."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from art_pixeldefend.attacks.budget import bim_steps, level
 from art_pixeldefend.validation import check_number
 
 
-class HalfNormalAttack(EvasionAttack):
-    """Attack every image within a random radius of its own, |N(0, delta)| truncated to [0, 2 delta].
+class TrainingAttack(EvasionAttack):
+    """Base class of attacks that are fast enough to be repeated at every training step.
 
     The attack uses the model's own predictions as labels, also when it is given others: ART's trainer passes the true
     labels, and a model trained on attacks made with those learns to infer the label from the perturbation (Kurakin et
@@ -26,8 +26,8 @@ class HalfNormalAttack(EvasionAttack):
 
     Args:
         estimator: an ART classifier with loss gradients and clip values.
-        delta: standard deviation of the radius before truncation, in levels.
-        seed: of the radii.
+        delta: size of the radius, in levels.
+        seed: of everything random.
 
     Raises:
         ValueError: if ``delta`` is not positive or the estimator has no clip values.
@@ -50,11 +50,8 @@ class HalfNormalAttack(EvasionAttack):
             return self._attack(x, labels, self._radii(len(x)))
 
     def _radii(self, count: int) -> np.ndarray:
-        """Draw radii (count,) in levels; radii beyond the truncation are drawn again."""
-        radii = np.abs(self._rng.normal(0, self.delta, count))
-        while (beyond := radii > 2 * self.delta).any():
-            radii[beyond] = np.abs(self._rng.normal(0, self.delta, beyond.sum()))
-        return radii
+        """Return radii (count,) in levels."""
+        return np.full(count, float(self.delta))
 
     @abstractmethod
     def _attack(self, x: np.ndarray, labels: np.ndarray, radii: np.ndarray) -> np.ndarray:
@@ -87,10 +84,24 @@ def frozen(estimator: Any) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+class HalfNormalAttack(TrainingAttack):
+    """Attack every image within a random radius of its own, |N(0, delta)| truncated to [0, 2 delta].
+
+    Arguments and errors are those of :class:`TrainingAttack`; ``delta`` is the standard deviation before truncation.
+    """
+
+    def _radii(self, count: int) -> np.ndarray:
+        """Draw radii; those beyond the truncation are drawn again."""
+        radii = np.abs(self._rng.normal(0, self.delta, count))
+        while (beyond := radii > 2 * self.delta).any():
+            radii[beyond] = np.abs(self._rng.normal(0, self.delta, beyond.sum()))
+        return radii
+
+
 class HalfNormalFGSM(HalfNormalAttack):
     """FGSM with a random radius per image: one step of the whole radius along the sign of the gradient.
 
-    Arguments and errors are those of :class:`HalfNormalAttack`.
+    Arguments and errors are those of :class:`TrainingAttack`.
 
     Example:
         >>> from torch import nn
@@ -117,4 +128,23 @@ class HalfNormalBIM(HalfNormalAttack):
             going = steps > done
             climbed = self._climb(attacked[going], labels[going], 1.0)
             attacked[going] = np.clip(climbed, x[going] - ball[going], x[going] + ball[going])
+        return attacked
+
+
+class TrainingPGD(TrainingAttack):
+    """PGD within ``delta`` levels from a random start: :data:`STEPS` steps that reach 1.5 radii in all.
+
+    Adversarial training of Madry et al. 2018, arXiv:1706.06083, with fewer steps. Arguments and errors are those of
+    :class:`TrainingAttack`.
+    """
+
+    STEPS = 2
+
+    def _attack(self, x: np.ndarray, labels: np.ndarray, radii: np.ndarray) -> np.ndarray:
+        ball = (radii * level(self.estimator)).reshape(-1, *[1] * (x.ndim - 1))
+        start = (x + self._rng.uniform(-ball, ball, x.shape)).astype(x.dtype)
+        attacked = np.clip(start, *self.estimator.clip_values)
+        for _ in range(self.STEPS):
+            climbed = self._climb(attacked, labels, 1.5 * radii / self.STEPS)
+            attacked = np.clip(climbed, x - ball, x + ball).astype(x.dtype)
         return attacked

@@ -15,10 +15,12 @@ class Network(nn.Module):
     Attributes:
         network: the name of its architecture, a key of ``NETWORKS``.
         configuration: the arguments of its constructor.
+        provenance: how it was trained; JSON-serialisable.
     """
 
     network: str
     configuration: dict[str, Any]
+    provenance: dict[str, Any]
 
 
 class Standardise(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from art_pixeldefend.classifiers.vgg import VGG
 from art_pixeldefend.models import checkpoint
 
 NETWORKS: dict[str, type[Network]] = {"resnet": ResNet, "vgg": VGG}
+WEIGHTS = Path(__file__).parent / "weights"
 
 
 def build(
@@ -50,7 +52,7 @@ def build(
             model = NETWORKS[network](**configuration)
         except TypeError as error:
             raise ValueError(f"sizes must be arguments of {network}: {error}") from None
-    model.network, model.configuration = network, configuration  # what save() writes
+    model.network, model.configuration, model.provenance = network, configuration, {}  # what save() writes
     return model
 
 
@@ -82,32 +84,64 @@ def accuracy(classifier: PyTorchClassifier, x: np.ndarray, y: np.ndarray, batch_
     return float((classifier.predict(x, batch_size=batch_size).argmax(axis=1) == y).mean())
 
 
-def save(path: str | PathLike[str], model: Network, provenance: Mapping[str, Any] | None = None) -> None:
+def save(
+    path: str | PathLike[str],
+    model: Network,
+    provenance: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Write a network that :func:`build` made as safetensors, with its configuration in the header, atomically.
 
     Args:
         path: the file to write.
         model: the network.
-        provenance: how it was trained; JSON-serialisable.
+        provenance: how it was trained; JSON-serialisable; default: the network's own.
+        dtype: store floating-point tensors in this type; default: as they are.
 
     Raises:
         OSError: if the file cannot be written.
     """
-    header = {"network": model.network, "configuration": model.configuration, "provenance": dict(provenance or {})}
-    checkpoint.write(path, model.state_dict(), header)
+    provenance = model.provenance if provenance is None else provenance
+    header = {"network": model.network, "configuration": model.configuration, "provenance": dict(provenance)}
+    tensors = model.state_dict()
+    if dtype is not None:
+        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    checkpoint.write(path, tensors, header)
 
 
-def load(path: str | PathLike[str]) -> tuple[Network, dict[str, Any]]:
-    """Read a network that :func:`save` wrote, in evaluation mode, and its provenance. Nothing is unpickled.
+def names() -> list[str]:
+    """Names of the bundled classifiers."""
+    return sorted(file.stem for file in WEIGHTS.glob("*.safetensors"))
+
+
+def load(name_or_path: str | PathLike[str]) -> Network:
+    """Load a network in evaluation mode, float32, on the CPU. Nothing is unpickled.
+
+    Args:
+        name_or_path: the name of a bundled classifier, whose card is the ``.md`` file in ``classifiers/weights``; or a
+            file that :func:`save` wrote.
+
+    Returns:
+        The network, from images (N, C, H, W) in [0, 1] to logits; its ``provenance`` says how it was trained.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if there is neither a bundled classifier of that name nor a file at that path.
         ValueError: if the file is truncated, corrupted, or holds something else.
+
+    Example:
+        >>> network = load("fashion-mnist-resnet")
+        >>> network(torch.rand(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
     """
+    bundled = isinstance(name_or_path, str) and name_or_path in names()
+    path = WEIGHTS / f"{name_or_path}.safetensors" if bundled else Path(name_or_path)
+    if not path.exists():
+        raise FileNotFoundError(f"{str(path)!r} is neither a file nor one of {', '.join(names())}")
     tensors, header = checkpoint.read(path)
     try:
         model = build(header["network"], **header["configuration"])
         model.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"path {str(path)!r} is not a file of a classifier: {error}") from error
-    return model.eval(), header["provenance"]
+    model.provenance = header["provenance"]
+    return model.eval()

@@ -18,15 +18,20 @@ from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from art_pixeldefend.attacks.training import HalfNormalBIM, HalfNormalFGSM
+from art_pixeldefend.attacks.training import HalfNormalBIM, HalfNormalFGSM, TrainingAttack, TrainingPGD
 from art_pixeldefend.classifiers.layers import Network
 from art_pixeldefend.classifiers.networks import as_art
 from art_pixeldefend.precision import bf16_pays
 from art_pixeldefend.validation import check_labels
 
 SMOOTHING = 0.1  # the probability that label smoothing takes from the true class
-RATIO = 0.6 / 2.6  # the fraction of a batch that adversarial training attacks
-TECHNIQUES = ("normal", "label-smoothing", "adversarial-fgsm", "adversarial-bim")
+RATIO = 0.6 / 2.6  # the fraction of a batch that the paper's adversarial training attacks
+ADVERSARIAL: dict[str, tuple[type[TrainingAttack], float]] = {  # the attack, and the fraction of a batch it gets
+    "adversarial-fgsm": (HalfNormalFGSM, RATIO),
+    "adversarial-bim": (HalfNormalBIM, RATIO),
+    "adversarial-pgd": (TrainingPGD, 0.75),
+}
+TECHNIQUES = ("normal", "label-smoothing", *ADVERSARIAL)
 
 
 @dataclass(frozen=True)
@@ -100,13 +105,14 @@ def train(
         x: levels (N, C, H, W), uint8.
         y: labels, as class numbers (N,) or one-hot (N, classes).
         recipe: a :class:`Recipe`, or the name of one in ``RECIPES``.
-        technique: ``"normal"``; ``"label-smoothing"``, by ART's ``LabelSmoothing``; or ``"adversarial-fgsm"`` and
-            ``"adversarial-bim"``, by ART's ``AdversarialTrainer``: images are attacked against the model's own
-            predictions, each with a radius of |N(0, delta)| (PixelDefend, Appendix B). The reference code attacks half
-            of every batch and weights clean and attacked losses 2 to 0.6. ART's trainer has no weights, so the
-            fraction :data:`RATIO` of every batch is attacked: the same expected gradient with less than half the
-            attacks.
-        delta: deviation of the radius, in levels (the paper: 8 for CIFAR-10, 8 or 25 for Fashion-MNIST).
+        technique: ``"normal"``; ``"label-smoothing"``, by ART's ``LabelSmoothing``; or adversarial training by ART's
+            ``AdversarialTrainer``, with the model's own predictions as labels. ``"adversarial-pgd"`` attacks three
+            quarters of every batch with a radius of delta (Madry et al. 2018, arXiv:1706.06083).
+            ``"adversarial-fgsm"`` and ``"adversarial-bim"`` attack each image with a radius of |N(0, delta)|
+            (PixelDefend, Appendix B). The reference code attacks half of every batch and weights clean and attacked
+            losses 2 to 0.6. ART's trainer has no weights, so the fraction :data:`RATIO` of every batch is attacked: the
+            same expected gradient with less than half the attacks.
+        delta: size of the radius, in levels (the paper: 8 for CIFAR-10, 8 or 25 for Fashion-MNIST).
         smoothing: the true class has probability 1 - smoothing, each other class smoothing / (classes - 1).
         seed: of the order, flips, dropout and attacks.
         verbose: show a progress bar.
@@ -177,10 +183,10 @@ def _classifier(model: Network, recipe: Recipe) -> tuple[PyTorchClassifier, Any]
 
 def _fit(classifier: PyTorchClassifier, technique: str, delta: float, seed: int) -> Callable[..., None]:
     """The ART method that takes a training step on a batch."""
-    attacks = {"adversarial-fgsm": HalfNormalFGSM, "adversarial-bim": HalfNormalBIM}
-    if technique not in attacks:
+    if technique not in ADVERSARIAL:
         return classifier.fit
-    return AdversarialTrainer(classifier, attacks[technique](classifier, delta=delta, seed=seed), ratio=RATIO).fit
+    attack, ratio = ADVERSARIAL[technique]
+    return AdversarialTrainer(classifier, attack(classifier, delta=delta, seed=seed), ratio=ratio).fit
 
 
 class _MixedPrecision(Network):

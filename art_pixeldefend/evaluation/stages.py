@@ -110,7 +110,9 @@ class Stages:
             "training": row.training, "recipe": asdict(recipe), "validation": grid.validation, "seed": grid.seed,
         }  # fmt: skip
         settings |= {"smoothing": classifiers.SMOOTHING} if row.training == "label-smoothing" else {}
-        return settings | ({"delta": grid.delta_of(row), "ratio": classifiers.RATIO} if row.adversarial else {})
+        if not row.adversarial:
+            return settings
+        return settings | {"delta": grid.delta_of(row), "ratio": classifiers.ADVERSARIAL[row.training][1]}
 
     def recipe(self, row: Row) -> Recipe:
         """Return the recipe of a row's classifier."""
@@ -166,7 +168,7 @@ class Stages:
                 verbose=self.verbose,
             )
             classifiers.save(path, model, settings)
-        return classifiers.load(path)[0]
+        return classifiers.load(path)
 
     def _classifier(self, row: Row, defended: bool = False) -> PyTorchClassifier:
         """Return the row's classifier, alone or behind the row's defence."""

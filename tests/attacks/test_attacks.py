@@ -16,6 +16,7 @@ from art_pixeldefend.attacks import (
     HalfNormalBIM,
     HalfNormalFGSM,
     RandomNoise,
+    TrainingPGD,
     make_attack,
     unclipped,
 )
@@ -261,7 +262,7 @@ def test_logits_and_their_gradients_are_those_of_art_through_any_kind_of_defence
     assert np.allclose(gradient, estimator.class_gradient(x, label=2)[:, 0], atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [HalfNormalFGSM, HalfNormalBIM])
+@pytest.mark.parametrize("kind", [HalfNormalFGSM, HalfNormalBIM, TrainingPGD])
 def test_training_attacks_do_not_read_the_labels_they_are_given(kind):
     x = images()
     wrong, none = np.eye(4)[np.zeros(10, int)], None
@@ -277,6 +278,14 @@ def test_training_radii_are_half_normal_and_truncated(kind):
     assert radii.mean() == pytest.approx(8 * 0.723, rel=0.03)  # the mean of |N(0, 1)| given that it is at most 2
     moved = np.abs(attack.generate(images(count=50) * 0.6 + 0.2) - (images(count=50) * 0.6 + 0.2)).max((1, 2, 3)) * 255
     assert moved.max() <= 16.01 and len(np.unique(moved.round(2))) > 20
+
+
+def test_the_pgd_of_training_stays_in_the_ball_and_raises_the_loss():
+    estimator, x = classifier(), images(count=50)
+    attacked = TrainingPGD(estimator, delta=8, seed=1).generate(x)
+    assert np.abs(attacked - x).max() <= 8 / 255 + 1e-6 and attacked.min() >= 0 and attacked.max() <= 1
+    labels = np.eye(4, dtype=np.float32)[estimator.predict(x).argmax(1)]
+    assert (estimator.compute_loss(attacked, labels) > estimator.compute_loss(x, labels)).mean() > 0.9
 
 
 def test_a_frozen_classifier_trains_again_afterwards_even_after_an_error():

@@ -15,10 +15,12 @@ from art_pixeldefend.classifiers import (
     as_art,
     build,
     load,
+    names,
     save,
     train,
 )
 from art_pixeldefend.classifiers.layers import BatchNorm, Standardise
+from art_pixeldefend.classifiers.networks import WEIGHTS
 from art_pixeldefend.classifiers.training import shortened
 
 TINY = Recipe(steps=3, batch_size=16, mixed_precision=False, flips=False)
@@ -185,9 +187,44 @@ def test_adversarial_training_prints_nothing(digits, capfd):
 def test_a_saved_network_comes_back_the_same(tmp_path):
     model = small("vgg").eval()
     save(tmp_path / "model.safetensors", model, {"seed": 0})
-    again, provenance = load(tmp_path / "model.safetensors")
+    again = load(tmp_path / "model.safetensors")
     x = torch.rand(3, 1, 8, 8)
-    assert torch.equal(model(x), again(x)) and provenance == {"seed": 0}
+    assert torch.equal(model(x), again(x)) and again.provenance == {"seed": 0}
+
+
+def test_half_precision_halves_a_file_and_comes_back_as_float32(tmp_path):
+    model = small("resnet").eval()
+    for name, dtype in (("whole", None), ("half", torch.float16)):
+        save(tmp_path / f"{name}.safetensors", model, dtype=dtype)
+    again = load(tmp_path / "half.safetensors")
+    assert {value.dtype for value in again.parameters()} == {torch.float32}
+    assert torch.allclose(weights(again), weights(model), atol=1e-3) and not torch.equal(weights(again), weights(model))
+    assert (tmp_path / "half.safetensors").stat().st_size < (tmp_path / "whole.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_bundled_classifier_has_a_card_that_states_its_header(name):
+    header, card = load(name).provenance, (WEIGHTS / f"{name}.md").read_text()
+    assert name.startswith(header["dataset"]) and f"**{100 * header['accuracy']:.2f} %**" in card
+    assert (WEIGHTS / f"{name}.safetensors").stat().st_size < 200_000
+    assert f"{header['steps']:,} steps" in card and header["split"] in card
+
+
+@pytest.mark.parametrize("name", names())
+def test_bundled_classifiers_are_as_accurate_on_some_test_images_as_their_cards_say(fashion_mnist, name):
+    model, count = load(name), 500
+    x, y = fashion_mnist.x_test[:count].astype(np.float32) / 255, fashion_mnist.y_test[:count]
+    expected = model.provenance["accuracy"]
+    assert abs(accuracy(as_art(model), x, y) - expected) < 4 * (expected * (1 - expected) / count) ** 0.5
+
+
+def test_there_are_a_normal_classifier_and_adversarially_trained_ones():
+    assert {"fashion-mnist-resnet", "fashion-mnist-resnet-pgd-8", "fashion-mnist-resnet-pgd-25"} <= set(names())
+
+
+def test_a_name_that_is_not_bundled_is_answered_with_those_that_are():
+    with pytest.raises(FileNotFoundError, match="fashion-mnist-resnet-pgd-8"):
+        load("fashion-mnist-densenet")
 
 
 def test_a_broken_file_is_refused(tmp_path):
