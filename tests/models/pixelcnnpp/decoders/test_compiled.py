@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import art_pixeldefend
-from art_pixeldefend.models.pixelcnnpp import PixelCNNpp, compilation
+from art_pixeldefend.models.pixelcnnpp import PixelCNNpp, compilation, mixture
 from art_pixeldefend.models.pixelcnnpp.decoders import certify, choose_engine, greedy_decode
-from art_pixeldefend.models.pixelcnnpp.decoders.compiled import engine, interpreter
+from art_pixeldefend.models.pixelcnnpp.decoders.compiled import choice, engine, interpreter
 
 PACKAGE = Path(art_pixeldefend.__file__).parent
 
@@ -58,6 +58,31 @@ def test_any_width_and_depth_is_taken(make_model, make_levels, filters, resnets,
     model = make_model((1, 6, 6), filters=filters, resnets=resnets, mixtures=mixtures)
     x = torch.from_numpy(make_levels(6, model.image_shape))
     assert certify(model, x, greedy_decode(model, x, 20, "compiled"), 20).exact.all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    channels=st.integers(1, 3), mixtures=st.integers(1, 20), seed=st.integers(0, 999),
+    beyond=st.sampled_from([0.0, 1e30, np.inf, np.nan]),
+)  # fmt: skip
+def test_the_numbers_beyond_a_mixture_s_components_do_not_matter(channels, mixtures, seed, beyond):
+    """Components are computed in whole vectors, which reach beyond the parameters of a pixel."""
+    rng = np.random.default_rng(seed)
+    count = mixture.parameters_per_pixel(channels, mixtures)
+    params = np.full(count + choice.PADDING, beyond, np.float32)
+    params[:count] = rng.normal(0, 2, count)
+    pixel = rng.integers(0, 256, channels).astype(float)
+    low, high = sorted(rng.integers(0, 256, 2))
+    table, masses = choice.make_table(mixtures), np.empty(256)
+    for channel in range(channels):
+        parts = mixture.components(
+            torch.from_numpy(params[:count].astype(float))[None], torch.from_numpy(pixel)[None], channel
+        )
+        choice.components(params, pixel, channel, channels, mixtures, table)
+        np.testing.assert_allclose(table[choice.WEIGHT, :mixtures], parts.log_weights[0].exp(), rtol=1e-12)
+        np.testing.assert_allclose(table[choice.MEAN, :mixtures], parts.means[0], rtol=1e-12)
+        best = choice.best_level(table, mixtures, low, high, masses)
+        assert best == mixture.best_level(parts, torch.tensor([low]), torch.tensor([high])).item()
 
 
 def program_of(model):

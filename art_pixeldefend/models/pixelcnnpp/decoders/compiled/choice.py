@@ -23,6 +23,7 @@ from art_pixeldefend.models.pixelcnnpp.mixture import (
 WEIGHT, MEAN, INVERSE_SCALE, FACTOR, SPREAD = range(5)
 TABLE_ROWS = 5
 BLOCK = 16  # levels whose masses are computed together
+PADDING = 8  # components that are computed together
 
 compiled = njit(error_model="numpy", nogil=True, fastmath={"contract"})
 inline = njit(error_model="numpy", nogil=True, inline="always")
@@ -67,48 +68,60 @@ def tanh(x):
 
 
 @compiled
+def make_table(mixtures):
+    """Memory for the components of a mixture, padded to whole vectors: (TABLE_ROWS, mixtures or more)."""
+    return np.empty((TABLE_ROWS, -(-mixtures // PADDING) * PADDING))
+
+
+@compiled
 def components(params, pixel, channel, channels, mixtures, table):
     """Compute the mixture of one channel given the pixel's earlier channels, as :func:`.mixture.components` does.
 
     Args:
-        params: the network's outputs at the pixel.
+        params: the network's outputs at the pixel, followed by PADDING numbers that can be read.
         pixel: its levels.
         channel, channels, mixtures: which channel, and how many channels and components there are.
-        table: (TABLE_ROWS, mixtures), written.
+        table: of :func:`make_table`, written.
     """
     weight, mean, inverse_scale, factor, spread = table[0], table[1], table[2], table[3], table[4]
-    logits = params[:mixtures]
-    means = params[(1 + channel) * mixtures : (2 + channel) * mixtures]
-    log_scales = params[(1 + channels + channel) * mixtures : (2 + channels + channel) * mixtures]
+    padded = table.shape[1]  # the numbers beyond ``mixtures`` are computed but not used
+    first = (1 + channel) * mixtures
+    logits, means = params[:padded], params[first : first + padded]
+    first = (1 + channels + channel) * mixtures
+    log_scales = params[first : first + padded]
     most = logits[0]
-    for k in range(mixtures):
+    for k in range(1, mixtures):
         most = max(most, logits[k])
-    for k in range(mixtures):
+    for k in range(padded):
+        inverse_scale[k] = exp(-min(max(np.float64(log_scales[k]), MIN_LOG_SCALE), MAX_LOG_SCALE)) * (1 / HALF)
+        half = inverse_scale[k] * 0.5
+        growing = exp(half)
+        falling = 1.0 / growing
+        spread[k] = growing + falling
+        # 2 sinh(h): the difference of two exponentials loses digits where h is small; the series does not.
+        s = half * half
+        series = 1.0 + s * (1 / 42) * (1.0 + s * (1 / 72) * (1.0 + s * (1 / 110) * (1.0 + s * (1 / 156))))
+        series = 1.0 + s * (1 / 6) * (1.0 + s * (1 / 20) * series)
+        factor[k] = growing - falling if half > 0.5 else 2.0 * half * series
+    for k in range(padded):
         weight[k] = exp(np.float64(logits[k]) - most)
         mean[k] = means[k] * HALF + HALF
-        inverse_scale[k] = exp(-min(max(np.float64(log_scales[k]), MIN_LOG_SCALE), MAX_LOG_SCALE)) * (1 / HALF)
+    for earlier in range(channel):
+        first = (1 + 2 * channels + channel * (channel - 1) // 2 + earlier) * mixtures
+        coefficients, level = params[first : first + padded], pixel[earlier] - HALF
+        for k in range(padded):
+            mean[k] += tanh(np.float64(coefficients[k])) * level
     total = 0.0
     for k in range(mixtures):
         total += weight[k]
-    first = 1 + 2 * channels + channel * (channel - 1) // 2
-    for earlier in range(channel):
-        coefficients = params[(first + earlier) * mixtures : (first + earlier + 1) * mixtures]
-        for k in range(mixtures):
-            mean[k] += tanh(np.float64(coefficients[k])) * (pixel[earlier] - HALF)
-    for k in range(mixtures):
-        weight[k] /= total
+    for k in range(padded):
         mean[k] = min(max(mean[k], -MEAN_LIMIT), MEAN_LIMIT)
-        half = inverse_scale[k] * 0.5
-        growing = exp(half)
-        spread[k] = growing + 1.0 / growing
-        # 2 sinh(h): the difference of two exponentials loses digits where h is small; the series does not.
-        s = half * half
-        series = s / 6 * (1 + s / 20 * (1 + s / 42 * (1 + s / 72 * (1 + s / 110 * (1 + s / 156)))))
-        factor[k] = weight[k] * (growing - 1.0 / growing if half > 0.5 else 2.0 * half * (1.0 + series))
+        weight[k] /= total
+        factor[k] *= weight[k]
 
 
 @compiled
-def best_level(table, low, high, masses):
+def best_level(table, mixtures, low, high, masses):
     """The level of the largest mass in low..high, the lowest of several.
 
     P(z) = sum_k w_k [sigmoid(c + h) - sigmoid(c - h)] = sum_k w_k 2 sinh(h) / (2 cosh(h) + 2 cosh(c)),
@@ -116,6 +129,7 @@ def best_level(table, low, high, masses):
 
     Args:
         table: the components.
+        mixtures: how many there are.
         low, high: ends of the range, both included.
         masses: memory for LEVELS numbers.
     """
@@ -124,30 +138,30 @@ def best_level(table, low, high, masses):
     for first in range(0, count, BLOCK):
         block = masses[first : first + BLOCK]
         block[:] = 0.0
-        for k in range(table.shape[1]):
+        for k in range(mixtures):
             start, inverse, f, s = low + first - mean[k], inverse_scale[k], factor[k], spread[k]
             for i in range(BLOCK):
                 small = exp(-abs((start + i) * inverse))
                 block[i] += f * small / ((small + s) * small + 1.0)
     # Levels 0 and 255 extend to infinity.
     if low == 0:
-        masses[0] = _end_mass(table, 0.5, 1.0)
+        masses[0] = _end_mass(table, mixtures, 0.5, 1.0)
     if high == LEVELS - 1:
-        masses[count - 1] = _end_mass(table, LEVELS - 1.5, -1.0)
-    best = 0
+        masses[count - 1] = _end_mass(table, mixtures, LEVELS - 1.5, -1.0)
+    best, most = 0, masses[0]
     for z in range(1, count):
-        if masses[z] > masses[best]:
-            best = z
-    if masses[best] < SMALLEST:
-        return _best_level_in_logarithms(table, low, high)
+        if masses[z] > most:
+            best, most = z, masses[z]
+    if most < SMALLEST:
+        return _best_level_in_logarithms(table, mixtures, low, high)
     return low + best
 
 
 @compiled
-def _end_mass(table, edge, sign):
+def _end_mass(table, mixtures, edge, sign):
     """Mass below (sign 1) or above (sign -1) an edge."""
     total = 0.0
-    for k in range(table.shape[1]):
+    for k in range(mixtures):
         t = sign * (edge - table[MEAN, k]) * table[INVERSE_SCALE, k]
         small = math.exp(-abs(t))
         total += table[WEIGHT, k] * (1.0 if t > 0 else small) / (1.0 + small)
@@ -160,12 +174,12 @@ def _log_sigmoid(t):
 
 
 @compiled
-def _best_level_in_logarithms(table, low, high):
+def _best_level_in_logarithms(table, mixtures, low, high):
     """Like :func:`best_level` where every mass underflows: far out in the tails of all components."""
     best, most = low, -np.inf
     for z in range(low, high + 1):
         largest, total = -np.inf, 0.0
-        for k in range(table.shape[1]):
+        for k in range(mixtures):
             mean, inverse_scale = table[MEAN, k], table[INVERSE_SCALE, k]
             log_mass = math.log(table[WEIGHT, k])
             if z < LEVELS - 1:

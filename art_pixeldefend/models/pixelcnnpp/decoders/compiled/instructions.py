@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
+from art_pixeldefend.models.pixelcnnpp.decoders.compiled.choice import PADDING
 from art_pixeldefend.models.pixelcnnpp.decoders.compiled.gemm import LANES, panels
 from art_pixeldefend.models.pixelcnnpp.decoders.incremental import (
     CYCLE,
@@ -161,7 +162,7 @@ class Program:
         network = IncrementalNetwork(pixel_cnn, memory, lambda: Instructions(weights))
         head = network.head
         bias = head.bias.view(1, -1, 1)
-        outputs = memory.sums(1, len(head.bias))
+        outputs = memory.sums(1, len(head.bias) + PADDING)[:, : len(head.bias)]
         rows: list[tuple[int, ...]] = []
 
         def extend(operations: list[Operations]) -> tuple[int, int]:

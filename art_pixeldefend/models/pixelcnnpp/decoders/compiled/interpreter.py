@@ -12,7 +12,7 @@ from numba import boolean, carray, from_dtype, int64, njit, types, uint8
 from art_pixeldefend.models.pixelcnnpp import compilation, mixture
 from art_pixeldefend.models.pixelcnnpp.decoders.compiled import activations, choice, gemm, instructions
 from art_pixeldefend.models.pixelcnnpp.decoders.compiled.activations import concat_elu, gate, store
-from art_pixeldefend.models.pixelcnnpp.decoders.compiled.choice import TABLE_ROWS, best_level, components
+from art_pixeldefend.models.pixelcnnpp.decoders.compiled.choice import PADDING, best_level, components, make_table
 from art_pixeldefend.models.pixelcnnpp.decoders.compiled.gemm import ROWS, VECTOR, WIDEST, block_of_sums
 from art_pixeldefend.models.pixelcnnpp.decoders.compiled.instructions import (
     ADD,
@@ -134,8 +134,7 @@ def _compile(sources: int) -> Callable:
         _ = sources
         images, channels, height, width = x.shape
         cycle, where = len(row_bounds), layout[0]
-        table = np.empty((TABLE_ROWS, where.mixtures))
-        masses, pixel = np.empty(LEVELS), np.empty(channels)
+        table, masses, pixel = make_table(where.mixtures), np.empty(LEVELS), np.empty(channels)
         for row in range(height):
             image_row = where.image + row % where.period * where.image_row
             if row < where.period:  # the channel of ones, by which zeros of the image differ from the padding
@@ -150,14 +149,14 @@ def _compile(sources: int) -> Callable:
                 for image in range(images):
                     cache = caches + image * stride
                     values = carray(pointer(cache + image_row), (width + 2, channels + 1), np.float32)
-                    params = carray(pointer(cache + where.outputs), where.parameters, np.float32)
-                    if not all_finite(params):
+                    params = carray(pointer(cache + where.outputs), where.parameters + PADDING, np.float32)
+                    if not all_finite(params[: where.parameters]):
                         return False
                     for k in range(channels):
                         value = np.int64(x[image, k, row, column])
                         low, high = max(value - eps, 0), min(value + eps, LEVELS - 1)
                         components(params, pixel, k, channels, where.mixtures, table)
-                        level = best_level(table, low, high, masses)
+                        level = best_level(table, where.mixtures, low, high, masses)
                         pixel[k] = level
                         purified[image, k, row, column] = level
                         values[column + 1, k] = (level - HALF) / HALF
