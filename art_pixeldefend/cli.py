@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:  # the commands import what they need when they run, so that --help is fast
+    from art_pixeldefend.detectors import ConformalDetector
     from art_pixeldefend.models.base import ImageModel
     from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
 
@@ -290,11 +291,32 @@ def score(
         _summarise(f"{bits.mean():.4f} bits/dim, mean of {len(bits)} images", out)
 
 
-@app.command(epilog=_examples("detect x.npy --model digits --calibration digits --out p.csv"))
+Models = Annotated[
+    list[str],
+    typer.Option(help=f"a bundled model ({BUNDLED}, digits-score, ...) or a .safetensors file; may be repeated"),
+]
+Scores = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="likelihood, likelihood-ratio, complexity[:png|zlib], score-norm[:SIGMA] or denoising-error[:SIGMA], of "
+        "the models of the kinds that it needs; may be repeated [default: likelihood, as in the paper]"
+    ),
+]
+Combine = Annotated[str, typer.Option(help="of several scores: bonferroni, harmonic, cauchy or joint")]
+
+
+@app.command(
+    epilog=_examples(
+        "detect x.npy --model digits --calibration digits --out p.csv",
+        "detect x.npy --model digits --likelihoods c.st --out p.csv",
+    )
+)
 def detect(
     images: ImagesOrData,
-    model: Model,
-    out: Annotated[Path, typer.Option(help="CSV file: image, p_value, bits_per_dim, adversarial", dir_okay=False)],
+    model: Models,
+    out: Annotated[
+        Path, typer.Option(help="CSV file: image, p_value, bits_per_dim or scores, adversarial", dir_okay=False)
+    ],
     calibration: Annotated[
         str | None,
         typer.Option(help="clean images that the model was not trained on: a data set, a folder, .npy or .npz"),
@@ -305,22 +327,40 @@ def detect(
     ] = None,
     likelihoods: Annotated[
         Path | None,
-        typer.Option(help="keep the likelihoods of these images in this file, and use it if it exists", dir_okay=False),
+        typer.Option(
+            help="keep the scores of these images in this file, and use it if it exists; calibrate writes it, too",
+            dir_okay=False,
+        ),
     ] = None,
+    score: Scores = None,
+    combine: Combine = "bonferroni",
     alpha: Annotated[float, typer.Option(help="call an image adversarial up to this p-value")] = 0.05,
+    fdr: Annotated[
+        float | None,
+        typer.Option(
+            help="instead of --alpha: the largest expected share of clean images among those called adversarial"
+        ),
+    ] = None,
     data_dir: DataDir = None,
     batch_size: BatchSize = 128,
     device: Device = None,
     overwrite: Overwrite = False,
     verbose: Verbose = True,
 ) -> None:
-    """Test whether images are adversarial: p-values and bits per dimension, as CSV.
+    """Test whether images are adversarial: p-values and scores, as CSV.
 
-    Images are compared with clean ones of the same kind. If --calibration names a data set or the folder that the model
-    was trained on, only images that the model has not seen are used. From any other folder or file all are used.
+    Images are compared with clean ones of the same kind. If --calibration names a data set or the folder that the
+    models were trained on, only images that no model has seen are used. From any other folder or file all are used.
+    Images are read in batches, so that the memory does not grow with their number.
+
+    --fdr uses the Benjamini-Hochberg procedure for one score, and Benjamini-Yekutieli's for several.
     """
-    from art_pixeldefend import PixelDefendDetector, datasets
+    import numpy as np
+
+    from art_pixeldefend import datasets
+    from art_pixeldefend.detectors.conformal import q_values_of
     from art_pixeldefend.files import check_file, write_csv
+    from art_pixeldefend.validation import check_number
 
     check_file(out, overwrite=overwrite)
     if likelihoods and not likelihoods.exists():
@@ -329,33 +369,111 @@ def detect(
         raise ValueError("--calibration and --training must not both be given")
     if not (calibration or training or (likelihoods and likelihoods.exists())):
         raise ValueError("--calibration must name images that the model was not trained on")
-    pixel_cnn = _density_model(model, device)
-    found = datasets.read(images, pixel_cnn, data_dir, reserved=False)
-    detector = PixelDefendDetector(pixel_cnn, (0, 255), alpha=alpha, batch_size=batch_size, verbose=verbose)
+    if training and score:
+        raise ValueError("--training must not be given with --score: use --calibration")
+    if fdr is not None and not check_number("--fdr", fdr, high=1.0):
+        raise ValueError("--fdr must be above 0, got 0")
+    detector = _detector(model, score, combine, alpha, device, batch_size=batch_size, verbose=verbose)
+    found = datasets.open_stream(images, *detector.models(), data_dir=data_dir)
     if likelihoods and likelihoods.exists():
         detector.load(likelihoods)
+        kept = getattr(detector, "reference", "calibration")
         for reference, source in (("calibration", calibration), ("training", training)):
-            if source and reference != detector.reference:
-                raise ValueError(f"--likelihoods {likelihoods} holds those of {detector.reference} images")
+            if source and reference != kept:
+                raise ValueError(f"--likelihoods {likelihoods} holds those of {kept} images")
             if source:
                 typer.echo(f"--{reference} {source} is not read: {likelihoods} holds the likelihoods", err=True)
     elif calibration:
         with _argument("--calibration"):
-            detector.fit(datasets.read_calibration(calibration, pixel_cnn, data_dir).levels)
+            detector.fit(datasets.read_calibration(calibration, *detector.models(), data_dir=data_dir).levels)
     elif training:
         with _argument("--training"):
             detector.fit(datasets.load(training, data_dir).train_and_calibration().x, reference="training")
     if likelihoods and not likelihoods.exists():
         detector.save(likelihoods)
-    report, adversarial = detector.detect(found.levels)
-    columns = {"image": found.names, "p_value": report["p_values"], "bits_per_dim": report["bits_per_dim"]}
-    write_csv(out, columns | {"adversarial": adversarial.astype(int)})
-    assert detector.log_likelihoods is not None
+    columns: dict[str, list] = {"image": list(found.names), "p_value": []}
+    if score is None:
+        columns["bits_per_dim"] = []
+    else:
+        columns |= {name: [] for name in score} | {f"p_value of {name}": [] for name in score}
+    columns["adversarial"] = []
+    for report, flagged in detector.detect_stream(found.batches(batch_size), total=len(found.names)):
+        columns["p_value"] += report["p_values"].tolist()
+        columns["adversarial"] += flagged.astype(int).tolist()
+        if score is None:
+            columns["bits_per_dim"] += report["bits_per_dim"].tolist()
+        for k, name in enumerate(score or ()):
+            columns[name] += report["scores"][:, k].tolist()
+            columns[f"p_value of {name}"] += report["score_p_values"][:, k].tolist()
+    if fdr is not None:
+        q_values = q_values_of(np.array(columns["p_value"]), "by" if len(score or ()) > 1 else "bh")
+        undefined = np.isnan([columns[name] for name in score or ["bits_per_dim"]]).any(axis=0)
+        columns["adversarial"] = ((q_values <= fdr) | undefined).astype(int).tolist()
+        columns["q_value"] = q_values.tolist()
+    write_csv(out, columns)
+    assert detector.calibration_scores is not None
+    level = f"level {alpha:g}" if fdr is None else f"a false discovery rate of {fdr:g}"
     _summarise(
-        f"{adversarial.sum()} of {len(adversarial)} images are adversarial at level {alpha:g}, compared with "
-        f"{len(detector.log_likelihoods)} {detector.reference} images; see {out}",
+        f"{sum(columns['adversarial'])} of {len(found.names)} images are adversarial at {level}, compared with "
+        f"{len(detector.calibration_scores)} {getattr(detector, 'reference', 'calibration')} images; see {out}",
         out,
     )
+
+
+@app.command(
+    epilog=_examples(
+        "calibrate digits --model digits --out c.st --report c.html",
+        "calibrate photos/ --model m.safetensors --out c.st",
+    )
+)
+def calibrate(
+    images: Annotated[
+        str,
+        typer.Argument(
+            metavar="IMAGES",
+            help="clean images that the models were not trained on: a data set, a folder, .npy or .npz",
+        ),
+    ],
+    model: Models,
+    out: Annotated[Path, typer.Option(help="file for the images' scores, for detect --likelihoods", dir_okay=False)],
+    report: Annotated[
+        Path | None, typer.Option(help="HTML page: scores, realised false-alarm rate, images", dir_okay=False)
+    ] = None,
+    score: Scores = None,
+    combine: Combine = "bonferroni",
+    alpha: Annotated[float, typer.Option(help="the false-alarm rate that the detector is for")] = 0.05,
+    data_dir: DataDir = None,
+    batch_size: BatchSize = 128,
+    device: Device = None,
+    overwrite: Overwrite = False,
+    verbose: Verbose = True,
+) -> None:
+    """Calibrate a detector on clean images, and report how often it flags clean images.
+
+    If IMAGES names a data set or the folder that the models were trained on, only images that no model has seen are
+    used. From any other folder or file all are used.
+    """
+    from art_pixeldefend import datasets
+    from art_pixeldefend.detectors.false_alarms import false_alarms
+    from art_pixeldefend.files import check_file
+
+    for path in (out, report):
+        if path:
+            check_file(path, overwrite=overwrite)
+    detector = _detector(model, score, combine, alpha, device, batch_size=batch_size, verbose=verbose)
+    with _argument("IMAGES"):
+        found = datasets.read_calibration(images, *detector.models(), data_dir=data_dir)
+        detector.fit(found.levels)
+    detector.save(out)
+    if report:
+        from art_pixeldefend.evaluation.calibration_report import write_report
+
+        write_report(
+            report, detector, found, title=f"Calibration on {Path(images).name}", names=score or ["likelihood"]
+        )
+    measured = false_alarms(detector, [alpha])
+    shown = f"{measured[0].rate:.1%} of clean images flagged" if measured else "too few images to measure false alarms"
+    typer.echo(f"calibrated on {len(found.levels)} images; {shown} at level {alpha:g} on halves of them; see {out}")
 
 
 @app.command(
@@ -472,6 +590,32 @@ def _model_options(model_class: type[ImageModel], given: dict, assignments: list
         if name not in known:
             raise ValueError(f"{name} is not an option of {model_class.kind} models; they have {', '.join(known)}")
     return given
+
+
+def _detector(
+    model: list[str], score: list[str] | None, combine: str, alpha: float, device: str | None, **options: Any
+) -> ConformalDetector:
+    """The detector of these scores; the paper's, whose files hold log-likelihoods, if none is given."""
+    from art_pixeldefend.detectors import ConformalDetector, PixelDefendDetector
+    from art_pixeldefend.detectors.named import score_named
+    from art_pixeldefend.models import zoo
+    from art_pixeldefend.validation import check_device
+
+    if score is None:
+        if len(model) > 1:
+            raise ValueError("--model must be a single density model without --score")
+        return PixelDefendDetector(_density_model(model[0], device), (0, 255), alpha=alpha, **options)
+    place = check_device("device", device) if device else None
+    models = []
+    for name in model:
+        try:
+            models.append(zoo.load(name, place))
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"--model must be a bundled model or a model's file: {error}") from error
+    scores = [score_named(text, models) for text in score]
+    if len(set(score)) < len(score):
+        raise ValueError(f"--score must not be given twice for the same score, got {', '.join(score)}")
+    return ConformalDetector(scores, combine, alpha, clip_values=(0, 255), **options)
 
 
 def _density_model(model: str, device: str | None = None) -> PixelCNNpp:

@@ -22,7 +22,7 @@ import numpy as np
 import pooch
 
 from art_pixeldefend.files import write_atomically
-from art_pixeldefend.image_files import ImageSet, as_nchw, read_arrays, read_images
+from art_pixeldefend.image_files import ImageSet, LazyImages, as_nchw, open_images, read_arrays, read_images
 from art_pixeldefend.validation import check_labels
 
 DATA_DIR_VARIABLE = "ART_PIXELDEFEND_DATA"
@@ -95,8 +95,8 @@ class Dataset:
         """(C, H, W)."""
         return self.x_train.shape[1:]
 
-    def calibration(self, model: Any) -> Split:
-        """Images for calibrating a detector or a threshold of ``model``, which it was not trained on.
+    def calibration(self, *models: Any) -> Split:
+        """Images for calibrating a detector or a threshold of ``models``, which none of them was trained on.
 
         For a model that was trained on ``x_train`` these are ``x_calibration``; its provenance says so, as the trainer
         of this package records a :func:`fingerprint` of the training images. Any other model is assumed to have seen
@@ -104,16 +104,16 @@ class Dataset:
         these are the last ``reserved`` test images, which must be in no particular order.
 
         Args:
-            model: a density model. If it was made elsewhere and you trained it on ``x_train`` only, use
+            models: image models. If all were made elsewhere and you trained them on ``x_train`` only, use
                 ``x_calibration`` and ``y_calibration`` directly.
         """
-        if self.held_out_from(model):
+        if self.held_out_from(*models):
             return Split(self.x_calibration, self.y_calibration)
         return self.reserve()
 
-    def test(self, model: Any) -> Split:
-        """The test images that are not among :meth:`calibration` of ``model``."""
-        count = len(self.x_test) - (0 if self.held_out_from(model) else self.reserved)
+    def test(self, *models: Any) -> Split:
+        """The test images that are not among :meth:`calibration` of ``models``."""
+        count = len(self.x_test) - (0 if self.held_out_from(*models) else self.reserved)
         return Split(self.x_test[:count], self.y_test[:count])
 
     def reserve(self) -> Split:
@@ -130,14 +130,19 @@ class Dataset:
         x, y = ((self.x_train, self.x_calibration), (self.y_train, self.y_calibration))
         return Split(np.concatenate(x)[back], np.concatenate(y)[back])
 
-    def held_out_from(self, model: Any) -> bool:
-        """Whether, by its provenance, ``model`` was trained on ``x_train`` without the calibration images."""
-        provenance, expected = getattr(model, "provenance", None), fingerprint(self.x_train)
-        while isinstance(provenance, Mapping) and provenance.get(FINGERPRINT) == expected:
-            if "start" not in provenance:
-                return True
-            provenance = provenance["start"]  # of the model whose weights training began with
-        return False
+    def held_out_from(self, *models: Any) -> bool:
+        """Whether, by their provenance, all ``models`` were trained on ``x_train`` without the calibration images."""
+        expected = fingerprint(self.x_train)
+        return all(_trained_on_only(getattr(model, "provenance", None), expected) for model in models)
+
+
+def _trained_on_only(provenance: Any, expected: str) -> bool:
+    """Whether the images of this fingerprint are all that a model, and those it was started from, were trained on."""
+    while isinstance(provenance, Mapping) and provenance.get(FINGERPRINT) == expected:
+        if "start" not in provenance:
+            return True
+        provenance = provenance["start"]  # of the model whose weights training began with
+    return False
 
 
 FINGERPRINT = "training_images_sha256"  # the entry of a model's provenance
@@ -246,21 +251,56 @@ def read(
         found = _numbered(data.x_test if reserved else data.test(model).x)
     else:
         found = read_images(source, model.image_shape[:1], exclude=exclude)
-    if found.levels.shape[1:] != model.image_shape:
-        shape, expected = (" x ".join(map(str, shape)) for shape in (found.levels.shape[1:], model.image_shape))
-        raise ValueError(f"the images of {str(source)!r} must be {expected} (C x H x W) for this model, got {shape}")
+    _check_shape(source, found.levels, model.image_shape)
     return found
 
 
-def read_calibration(source: str | PathLike[str], model: Any, data_dir: str | PathLike[str] | None = None) -> ImageSet:
-    """Read images that calibrate a detector of ``model``, which must not have been trained on them.
+def _check_shape(source: str | PathLike[str], levels: np.ndarray, image_shape: tuple[int, int, int]) -> None:
+    if levels.shape[1:] != image_shape:
+        shape, expected = (" x ".join(map(str, shape)) for shape in (levels.shape[1:], image_shape))
+        raise ValueError(f"the images of {str(source)!r} must be {expected} (C x H x W) for this model, got {shape}")
 
-    Of a data set, and of the folder that the model was trained on, these are :meth:`Dataset.calibration`; of any other
-    folder or array file all images.
+
+def open_stream(source: str | PathLike[str], *models: Any, data_dir: str | PathLike[str] | None = None) -> LazyImages:
+    """Find images to be tested by a detector of ``models``, which are read when they are needed.
+
+    Of a data set these are :meth:`Dataset.test`, of a folder or array file all images.
+
+    Args:
+        source: as for :func:`read`.
+        models: image models of one image shape, at least one.
+        data_dir: as for :func:`load`.
+
+    Raises:
+        ValueError, FileNotFoundError: as :func:`read`; for single images when they are read.
+    """
+    shape = models[0].image_shape
+    if source in NAMED:
+        x = load(source, data_dir).test(*models).x
+        found = LazyImages([str(i) for i in range(len(x))], lambda start, stop: x[start:stop])
+    else:
+        found = open_images(source, shape[0])
+
+    def read(start: int, stop: int) -> np.ndarray:
+        levels = found.read(start, stop)
+        _check_shape(source, levels, shape)
+        return levels
+
+    read(0, min(1, len(found.names)))
+    return LazyImages(found.names, read)
+
+
+def read_calibration(
+    source: str | PathLike[str], *models: Any, data_dir: str | PathLike[str] | None = None
+) -> ImageSet:
+    """Read images that calibrate a detector of ``models``, none of which may have been trained on them.
+
+    Of a data set, and of the folder that the models were trained on, these are :meth:`Dataset.calibration`; of any
+    other folder or array file all images.
 
     Args:
         source: what :func:`load` or :func:`read_images` accepts.
-        model: an image model.
+        models: image models, at least one.
         data_dir: as for :func:`load`.
 
     Raises:
@@ -268,10 +308,10 @@ def read_calibration(source: str | PathLike[str], model: Any, data_dir: str | Pa
     """
     path = Path(source)
     if source in NAMED or (path.suffix == ".npz" and path.is_file() and "x_train" in read_arrays(path)):
-        return _numbered(load(source, data_dir).calibration(model).x)
-    if path.is_dir() and (data := load(path)).held_out_from(model):
+        return _numbered(load(source, data_dir).calibration(*models).x)
+    if path.is_dir() and (data := load(path)).held_out_from(*models):
         return _numbered(data.x_calibration)
-    return read(source, model)
+    return read(source, models[0])
 
 
 def _numbered(levels: np.ndarray) -> ImageSet:

@@ -9,7 +9,8 @@ import tokenize
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -39,6 +40,28 @@ class ImageSet:
     names: Sequence[str]
     layout: str
     source: Path | None = None
+
+
+@dataclass(frozen=True)
+class LazyImages:
+    """Images that are read when they are needed.
+
+    Args:
+        names: one for each image, as in :class:`ImageSet`.
+        read: returns the levels (M, C, H, W), uint8, of the images from one position up to another.
+    """
+
+    names: Sequence[str]
+    read: Callable[[int, int], np.ndarray]
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        """Levels of at most ``size`` images at a time, in order.
+
+        Raises:
+            ValueError: as :func:`read_images`, when the file that causes it is reached.
+        """
+        for start in range(0, len(self.names), size):
+            yield self.read(start, min(start + size, len(self.names)))
 
 
 def layout_of(name: str, images: np.ndarray, channels: Sequence[int] = (1, 3)) -> str:
@@ -133,6 +156,36 @@ def read_images(
     return ImageSet(levels, [str(i) for i in range(len(levels))], layout, path)
 
 
+def open_images(path: str | PathLike[str], channels: int) -> LazyImages:
+    """Find the images that :func:`read_images` reads, without reading them.
+
+    Files of a folder are read one by one, a ``.npy`` file is mapped into memory, and an ``.npz`` file is read whole.
+
+    Args:
+        path: as for :func:`read_images`.
+        channels: the number of channels that images must have.
+
+    Raises:
+        ValueError: as :func:`read_images`; for single files of a folder when they are read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        paths = _listed(path, (channels,))
+
+        def read(start: int, stop: int) -> np.ndarray:
+            return _levels_of(paths[start:stop], grey=channels == 1, first=paths[0])
+
+        return LazyImages([str(file.relative_to(path)) for file in paths], read)
+    if path.suffix == ".npy" and path.is_file():
+        with suppress(ValueError, OSError, EOFError):  # read_images says what is wrong
+            mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+            layout_of(str(path), mapped, (channels,))
+            names = [str(i) for i in range(len(mapped))]
+            return LazyImages(names, lambda start, stop: as_nchw(str(path), mapped[start:stop], (channels,)).copy())
+    found = read_images(path, (channels,))
+    return LazyImages(found.names, lambda start, stop: found.levels[start:stop])
+
+
 def check_target(path: str | PathLike[str], like: ImageSet, *, overwrite: bool = False) -> None:
     """Check that :func:`write_images` can write to ``path``; meant for before a long computation.
 
@@ -198,25 +251,40 @@ def write_images(path: str | PathLike[str], levels: np.ndarray, like: ImageSet, 
 
 
 def _read_folder(folder: Path, channels: Sequence[int], exclude: str | PathLike[str] | None) -> ImageSet:
+    paths = _listed(folder, channels, exclude)
+    grey = None if {1, 3} <= set(channels) else 3 not in channels
+    levels = _levels_of(paths, grey, first=paths[0])
+    return ImageSet(levels, [str(path.relative_to(folder)) for path in paths], "folder", folder)
+
+
+def _listed(folder: Path, channels: Sequence[int], exclude: str | PathLike[str] | None = None) -> list[Path]:
+    """The image files of a folder that are to be read as images of these numbers of channels, at least one file."""
     paths = list(_image_files(folder, frozenset() if exclude is None else frozenset({Path(exclude).resolve()})))
     if not paths:
         raise ValueError(f"{str(folder)!r} holds no images ({', '.join(SUFFIXES)})")
     if not {1, 3} & set(channels):
         expected = " or ".join(map(str, channels))
         raise ValueError(f"{str(folder)!r} holds grey or RGB images, where {expected} channels are expected")
+    return paths
+
+
+def _levels_of(paths: Sequence[Path], grey: bool | None, first: Path) -> np.ndarray:
+    """Levels (N, C, H, W) of image files, all of the size of ``first``; with ``grey=None`` grey if all of them are."""
     images = [_read_file(path) for path in paths]
+    size = images[0].size if paths[0] == first else _read_file(first).size
     for path, image in zip(paths, images, strict=True):
-        if image.size != images[0].size:
-            found, first = (f"{height} x {width}" for width, height in (image.size, images[0].size))
+        if image.size != size:
+            found, expected = (f"{height} x {width}" for width, height in (image.size, size))
             raise ValueError(
-                f"{str(path)!r} has {found} pixels, but {str(paths[0])!r} has {first}: all images must be of one size"
+                f"{str(path)!r} has {found} pixels, but {str(first)!r} has {expected}: all images must be of one size"
             )
-    grey = 3 not in channels or (1 in channels and all(image.mode == "L" for image in images))
-    arrays = [
-        _as_grey(path, image) if grey else np.moveaxis(np.asarray(image.convert("RGB")), -1, 0)
-        for path, image in zip(paths, images, strict=True)
-    ]
-    return ImageSet(np.stack(arrays), [str(path.relative_to(folder)) for path in paths], "folder", folder)
+    grey = all(image.mode == "L" for image in images) if grey is None else grey
+    return np.stack(
+        [
+            _as_grey(path, image) if grey else np.moveaxis(np.asarray(image.convert("RGB")), -1, 0)
+            for path, image in zip(paths, images, strict=True)
+        ]
+    )
 
 
 def _image_files(folder: Path, excluded: frozenset[Path]) -> Iterator[Path]:

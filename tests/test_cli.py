@@ -454,3 +454,89 @@ def test_the_installed_program_and_the_module_end_with_the_same_error():
         done = subprocess.run([*program, "sample", "--model", "x", "--out", "x.gif"], capture_output=True, text=True)
         assert done.returncode == 2 and not done.stdout
         assert done.stderr == "error: --out must end in .png, .npy or .npz, got 'x.gif'\n"
+
+
+# Detection with several scores
+
+
+def rows_of(path):
+    return list(csv.DictReader(path.open()))
+
+
+SCORES = ["--score", "complexity", "--score", "score-norm:0.1"]
+MODELS = ["--model", "digits", "--model", "digits-score"]
+
+
+def test_several_scores_of_several_models_are_combined(digits, tmp_path):
+    x = np.concatenate([digits.x_test[:10], np.random.default_rng(0).integers(0, 256, (3, 1, 8, 8), np.uint8)])
+    np.save(tmp_path / "x.npy", x)
+    arguments = ["detect", tmp_path / "x.npy", *MODELS, *SCORES, "--out", tmp_path / "p.csv", "--batch-size", 4]
+    assert "200 calibration images" in succeeds(*arguments, "--calibration", "digits", "--quiet")
+    detector = art_pixeldefend.detectors.ConformalDetector(
+        [
+            art_pixeldefend.detectors.ComplexityCorrectedLikelihood("digits"),
+            art_pixeldefend.detectors.ScoreNorm("digits-score", 0.1),
+        ],
+        clip_values=(0, 255),
+    )
+    detector.fit(digits.x_test[200:])
+    report, flagged = detector.detect(x)
+    found = rows_of(tmp_path / "p.csv")
+    assert list(found[0]) == ["image", "p_value", "complexity", "score-norm:0.1", "p_value of complexity",
+                              "p_value of score-norm:0.1", "adversarial"]  # fmt: skip
+    np.testing.assert_allclose([float(row["p_value"]) for row in found], report["p_values"])
+    np.testing.assert_allclose([float(row["complexity"]) for row in found], report["scores"][:, 0], rtol=1e-5)
+    assert [row["adversarial"] for row in found] == [str(int(flag)) for flag in flagged] and flagged[10:].all()
+
+
+def test_the_false_discovery_rate_replaces_the_level(digits, tmp_path):
+    x = np.concatenate([digits.x_test[:60], np.random.default_rng(0).integers(0, 256, (20, 1, 8, 8), np.uint8)])
+    np.save(tmp_path / "x.npy", x)
+    kept = ["--likelihoods", tmp_path / "c.st", "--out", tmp_path / "p.csv", "--quiet", "--overwrite"]
+    succeeds("calibrate", "digits", "--model", "digits", "--out", tmp_path / "c.st", "--quiet")
+    output = succeeds("detect", tmp_path / "x.npy", "--model", "digits", *kept, "--fdr", 0.2)
+    detector = PixelDefendDetector("digits", (0, 255))
+    detector.fit(digits.x_test[200:])
+    report, flagged = detector.detect_batch(x, q=0.2)
+    found = rows_of(tmp_path / "p.csv")
+    assert [row["adversarial"] for row in found] == [str(int(flag)) for flag in flagged]
+    np.testing.assert_allclose([float(row["q_value"]) for row in found], report["q_values"])
+    assert flagged[60:].all() and f"{flagged.sum()} of 80" in output and "false discovery rate of 0.2" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*MODELS, "--score", "entropy"], "--score must be one of"),
+        (["--model", "digits", "--score", "score-norm"], "--score score-norm needs a model of kind score"),
+        ([*MODELS, "--score", "score-norm:high"], "--score 'score-norm:high' is not as described"),
+        ([*MODELS, "--score", "likelihood", "--score", "likelihood"], "--score must not be given twice"),
+        (MODELS, "--model must be a single density model"),
+        (["--model", "nowhere", "--score", "likelihood"], "--model must be a bundled model"),
+        ([*MODELS, *SCORES, "--training", "digits"], "--training must not be given with --score"),
+        (["--model", "digits", "--fdr", "0"], "--fdr must be above 0"),
+        (["--model", "digits", "--fdr", "2"], "--fdr must be"),
+    ],
+)
+def test_impossible_detectors_are_refused(arguments, message, images, tmp_path):
+    given = [] if "--training" in arguments else ["--calibration", "digits"]
+    assert message in fails("detect", images, "--out", tmp_path / "p.csv", *given, *arguments, "--quiet")
+
+
+def test_calibrate_reports_on_one_page_and_writes_what_detect_reads(images, digits, tmp_path):
+    page = tmp_path / "report.html"
+    command = ["calibrate", "digits", *MODELS, *SCORES, "--out", tmp_path / "c.st", "--quiet", "--combine", "joint"]
+    output = succeeds(*command, "--report", page)
+    assert re.search(r"calibrated on 200 images; [\d.]+% of clean images flagged at level 0\.05", output)
+    text = page.read_text()
+    assert not re.search(r'(src|href)="(?!data:)', text) and "<script" not in text  # nothing is loaded
+    assert text.count("QQ plot") == text.count("Histogram") == 2 and text.count("<figcaption>") == 32
+    assert "--overwrite" in fails(*command) and "--overwrite" in fails(*command, "--report", page)
+    detect = ["detect", images, *MODELS, *SCORES, "--combine", "joint", "--likelihoods", tmp_path / "c.st"]
+    assert "200 calibration images" in succeeds(*detect, "--out", tmp_path / "p.csv", "--quiet")
+    few = tmp_path / "few.npy"
+    np.save(few, digits.x_test[:19])
+    output = succeeds("calibrate", few, "--model", "digits", "--out", tmp_path / "few.st", "--report", page,
+                      "--overwrite", "--quiet")  # fmt: skip
+    assert "too few images to measure" in output and "too few to measure" in page.read_text()
+    assert "at least 19 images" in fails("calibrate", images, "--model", "digits", "--out", tmp_path / "x", "--quiet")

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from art_pixeldefend import image_files
 from art_pixeldefend.image_files import as_nchw, check_target, read_images, write_images
 
 
@@ -416,3 +417,44 @@ def test_arrays_may_have_as_many_channels_as_are_asked_for(shape, tmp_path):
     np.save(tmp_path / "grey.npy", images[..., 0])
     with pytest.raises(ValueError, match=r"grey\.npy.* is 3"):
         read_images(tmp_path / "grey.npy", [3])
+
+
+# Images that are read when they are needed
+
+
+@pytest.mark.parametrize("form", ["npy", "npz", "folder"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_batches_hold_the_images_that_are_read_at_once(form, channels, tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (7, channels, 4, 5), np.uint8)
+    path = tmp_path / f"x.{form}"
+    if form == "folder":
+        path.mkdir()
+        for i, image in enumerate(x):
+            Image.fromarray(image[0] if channels == 1 else np.moveaxis(image, 0, -1)).save(path / f"{i}.png")
+    else:
+        np.save(path, np.moveaxis(x, 1, -1)) if form == "npy" else np.savez(path, x=x)
+    found = image_files.open_images(path, channels)
+    batches = list(found.batches(3))
+    assert [len(batch) for batch in batches] == [3, 3, 1]
+    np.testing.assert_array_equal(np.concatenate(batches), x)
+    assert list(found.names) == list(image_files.read_images(path, (channels,)).names)
+
+
+def test_a_file_is_read_with_its_batch_only(tmp_path, monkeypatch):
+    for i in range(4):
+        Image.new("L", (4, 4 if i < 3 else 5)).save(tmp_path / f"{i}.png")
+    read = []
+    one = image_files._read_file
+    monkeypatch.setattr(image_files, "_read_file", lambda path: read.append(path.name) or one(path))
+    batches = image_files.open_images(tmp_path, 1).batches(2)
+    assert read == []
+    assert next(batches).shape == (2, 1, 4, 4) and read == ["0.png", "1.png"]
+    with pytest.raises(ValueError, match=r"3\.png' has 5 x 4 pixels"):
+        next(batches)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"no array"])
+def test_a_damaged_array_is_refused_when_it_is_opened(content, tmp_path):
+    (tmp_path / "x.npy").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.npy"):
+        image_files.open_images(tmp_path / "x.npy", 1)

@@ -11,6 +11,8 @@ from scipy import optimize, special, stats
 
 COMBINATIONS = ("bonferroni", "harmonic", "cauchy", "joint")
 CONDITIONS = ("simes", "dkwm", "monte-carlo")
+RATES = ("bh", "storey", "by")
+STOREY = 0.5  # p-values above it estimate the share of clean images
 SIMULATIONS = 1000  # calibration sets that "monte-carlo" simulates
 RANKS = 256  # order statistics of each that it simulates, about
 MOST_IMAGES = 2**40  # no search for a number of calibration images goes further
@@ -169,6 +171,30 @@ def harmonic_constant(count: int) -> float:
 
     z = optimize.brentq(slope, 1e-3, 10.0 * count**2)
     return (z + count) * math.log1p(z) / z
+
+
+def q_values_of(p_values: np.ndarray, method: str) -> np.ndarray:
+    """The least false discovery rate at which each of a batch of images is flagged.
+
+    Args:
+        p_values: of the images (M,).
+        method: ``"bh"``: Benjamini-Hochberg; ``"storey"``: the same times an estimate of the share of clean images;
+            ``"by"``: Benjamini-Yekutieli, for p-values of any dependence.
+
+    Returns:
+        (M,), at most 1. Flagging those of at most q bounds the expected share of clean images among the flagged by q.
+
+    Example:
+        >>> q_values_of(np.array([0.01, 0.02, 0.9, 0.8]), "bh").tolist()
+        [0.04, 0.04, 0.9, 0.9]
+    """
+    if not len(p_values):
+        return p_values
+    q_values = stats.false_discovery_control(p_values, method="by" if method == "by" else "bh")
+    if method != "storey":
+        return q_values
+    clean = (1 + (p_values > STOREY).sum()) / (len(p_values) * (1 - STOREY))
+    return np.minimum(q_values * min(clean, 1.0), 1.0)
 
 
 def joint_p_values(

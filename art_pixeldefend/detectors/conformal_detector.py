@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from art.defences.detector.evasion import EvasionDetector
-from scipy import stats
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,23 +20,24 @@ from art_pixeldefend.batches import map_batches
 from art_pixeldefend.detectors.conformal import (
     COMBINATIONS,
     CONDITIONS,
+    RATES,
     SIMULATIONS,
     combine_p_values,
     conditional_p_values,
     conformal_p_values,
     joint_p_values,
     least_calibration_images,
+    q_values_of,
 )
 from art_pixeldefend.detectors.relaxation import JointLogPValues, LogPValues, combine_logs
 from art_pixeldefend.detectors.scores import Score
 from art_pixeldefend.levels import ClipValues, Images, as_tensor, check_clip_values, from_levels
 from art_pixeldefend.models import checkpoint
+from art_pixeldefend.models.base import ImageModel
 from art_pixeldefend.validation import all_or_none, check_count, check_number
 
 KIND = "conformal-detector"
 TIES = 2**62  # the stream of the numbers that order ties; those below belong to images
-RATES = ("bh", "storey", "by")
-STOREY = 0.5  # p-values above it estimate the share of clean images
 
 
 class ConformalDetector(EvasionDetector):
@@ -129,6 +129,10 @@ class ConformalDetector(EvasionDetector):
     def image_shape(self) -> tuple[int, int, int] | None:
         """(C, H, W) of the images; None for any shape."""
         return next((score.image_shape for score in self._scores if score.image_shape is not None), None)
+
+    def models(self) -> list[ImageModel]:
+        """The image models of the scores, none of which may have been trained on calibration images."""
+        return [model for score in self._scores for model in score.models()]
 
     def fit(
         self,
@@ -264,13 +268,7 @@ class ConformalDetector(EvasionDetector):
         if method not in RATES:
             raise ValueError(f"method must be one of {', '.join(RATES)}, got {method!r}")
         report = self._report(x, batch_size)
-        p_values = report["p_values"]
-        q_values = p_values
-        if len(p_values):
-            q_values = stats.false_discovery_control(p_values, method="by" if method == "by" else "bh")
-        if method == "storey":
-            clean = (1 + (p_values > STOREY).sum()) / (max(len(p_values), 1) * (1 - STOREY))
-            q_values = np.minimum(q_values * min(clean, 1.0), 1.0)
+        q_values = q_values_of(report["p_values"], method)
         return report | {"q_values": q_values, "q": q}, (q_values <= q) | _any_nan(report["scores"])
 
     # Gradients, for attacks that include the detector
@@ -586,7 +584,7 @@ class ConformalDetector(EvasionDetector):
     def _warn_of_training_images(self, images: Images, tensor: Tensor) -> None:
         """Warn if some of the images are among those that a model was trained on, by the hashes in its provenance."""
         levels = images.to_levels(tensor).cpu().numpy()
-        for model in (model for score in self._scores for model in score.models()):
+        for model in self.models():
             if datasets.training_images_in(levels, model):
                 warnings.warn(
                     f"x holds images that the {model.kind} model of the scores was trained on; more clean images than "

@@ -54,7 +54,7 @@ class PixelDefendDetector(ConformalDetector):
         verbose: show progress bars.
 
     Attributes:
-        log_likelihoods: those of the images that it was fitted to, in nats, sorted; None before :meth:`fit`.
+        log_likelihoods: those of the images that it was fitted to, in nats, in their order; None before :meth:`fit`.
         reference: what these images are, "calibration" or "training"; None before :meth:`fit`.
 
     Raises:
@@ -96,7 +96,7 @@ class PixelDefendDetector(ConformalDetector):
 
     @calibration_scores.setter
     def calibration_scores(self, scores: np.ndarray | None) -> None:
-        self.log_likelihoods = None if scores is None else np.sort(-scores[:, 0])
+        self.log_likelihoods = None if scores is None else -scores[:, 0]
         self.reference = None
 
     def fit(
