@@ -538,5 +538,5 @@ def test_calibrate_reports_on_one_page_and_writes_what_detect_reads(images, digi
     np.save(few, digits.x_test[:19])
     output = succeeds("calibrate", few, "--model", "digits", "--out", tmp_path / "few.st", "--report", page,
                       "--overwrite", "--quiet")  # fmt: skip
-    assert "too few images to measure" in output and "too few to measure" in page.read_text()
+    assert "too few images to measure" in output and "too few for 0.01, 0.05." in page.read_text()
     assert "at least 19 images" in fails("calibrate", images, "--model", "digits", "--out", tmp_path / "x", "--quiet")

@@ -32,6 +32,6 @@ def test_rates_of_exchangeable_images_are_the_levels(options):
 
 def test_levels_that_half_of_the_images_cannot_reach_are_left_out():
     assert [each.alpha for each in false_alarms(fitted(np.linspace(0, 1, 60)))] == [0.05, 0.1]
-    assert false_alarms(fitted(np.linspace(0, 1, 19))) == []
+    assert false_alarms(fitted(np.linspace(0, 1, 19)), [0.01, 0.05]) == []
     with pytest.raises(ValueError, match="must be fitted"):
         false_alarms(ConformalDetector(Mean()))
