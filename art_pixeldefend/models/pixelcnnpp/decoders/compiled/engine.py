@@ -14,7 +14,7 @@ from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
 from art_pixeldefend.models.pixelcnnpp.decoders.compiled.instructions import FLOAT, Program
 from art_pixeldefend.models.pixelcnnpp.decoders.compiled.interpreter import decode_group, product
 from art_pixeldefend.models.pixelcnnpp.decoders.rules import not_finite
-from art_pixeldefend.models.pixelcnnpp.decoders.weights import Snapshot
+from art_pixeldefend.models.pixelcnnpp.decoders.snapshot import Snapshot
 
 GROUP = 8  # most images that are decoded in lockstep
 

@@ -19,7 +19,7 @@ from art_pixeldefend.models.pixelcnnpp.decoders.incremental import (
     Operations,
 )
 from art_pixeldefend.models.pixelcnnpp.decoders.rules import not_finite
-from art_pixeldefend.models.pixelcnnpp.decoders.weights import Snapshot
+from art_pixeldefend.models.pixelcnnpp.decoders.snapshot import Snapshot
 
 ITERATED = 64  # images up to which a row is decoded by iteration over all its columns
 
