@@ -1,12 +1,14 @@
 """ART evasion attacks that ART lacks, and the registry of all attacks of the evaluation."""
 
 from art_pixeldefend.attacks.adaptive_pgd import AdaptivePGD
+from art_pixeldefend.attacks.auto_attack import auto_attack
 from art_pixeldefend.attacks.carlini_wagner import CarliniWagnerLInf
 from art_pixeldefend.attacks.clipped import Clipped
 from art_pixeldefend.attacks.deep_fool import DeepFoolLInf
 from art_pixeldefend.attacks.overpowered import OverpoweredAttack, Pairs
 from art_pixeldefend.attacks.random_noise import RandomNoise
 from art_pixeldefend.attacks.registry import ATTACKS, PAPER, Attack, make_attack, unclipped
+from art_pixeldefend.attacks.square import Square
 from art_pixeldefend.attacks.surrogate import Surrogate, fit_surrogate
 from art_pixeldefend.attacks.training import HalfNormalBIM, HalfNormalFGSM, TrainingPGD
 
@@ -23,8 +25,10 @@ __all__ = [
     "OverpoweredAttack",
     "Pairs",
     "RandomNoise",
+    "Square",
     "Surrogate",
     "TrainingPGD",
+    "auto_attack",
     "fit_surrogate",
     "make_attack",
     "unclipped",

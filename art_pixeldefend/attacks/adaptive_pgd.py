@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,17 +10,23 @@ import torch
 from art.attacks.attack import EvasionAttack
 from art.config import ART_NUMPY_DTYPE
 from art.estimators.classification import PyTorchClassifier
-from art.utils import check_and_transform_label_format, get_labels_np_array
 from torch import Tensor
 from tqdm import tqdm
 
 from art_pixeldefend.attacks import losses
 from art_pixeldefend.attacks.budget import scalar_clip_values
-from art_pixeldefend.attacks.through import backward_pass, purifiers_of, replayed
+from art_pixeldefend.attacks.through import (
+    Criterion,
+    Evaluation,
+    Evaluator,
+    Loss,
+    backward_pass,
+    labels_of,
+    per_image,
+)
 from art_pixeldefend.attacks.training import frozen
 from art_pixeldefend.levels import TOP, from_levels, to_levels
 from art_pixeldefend.purifiers.base import GRADIENTS
-from art_pixeldefend.purifiers.logits import differentiable_logits
 from art_pixeldefend.validation import check_count, check_number
 
 NORMS = ("Linf", "L2")
@@ -34,8 +38,6 @@ SELECTION_DRAWS = 10
 INERTIA = 0.25  # share of the last change in the next one
 FIRST_CHECK, SHORTER, SHORTEST = 0.22, 0.03, 0.06  # intervals between checks of the step size, in shares of all steps
 RISES = 0.75  # share of steps that must raise the loss
-
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class AdaptivePGD(EvasionAttack):
@@ -136,7 +138,7 @@ class AdaptivePGD(EvasionAttack):
         eot: int = 1,
         gradient: Any = None,
         selection_draws: int | None = None,
-        success_criterion: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        success_criterion: Criterion | None = None,
         round_to_levels: bool = False,
         seed: int | None = None,
         batch_size: int = 128,
@@ -160,19 +162,16 @@ class AdaptivePGD(EvasionAttack):
             ValueError: naming ``x``, if ``round_to_levels`` is set and they are not 8-bit images.
         """
         x = x.astype(ART_NUMPY_DTYPE)
-        if y is None:
-            y = get_labels_np_array(self.estimator.predict(x, batch_size=self.batch_size))
-        y = check_and_transform_label_format(y, nb_classes=self.estimator.nb_classes)
-        labels = torch.from_numpy(y.argmax(axis=1)).to(self.estimator.device)
-        search = _Search(self, x, labels)
-        with frozen(self.estimator), backward_pass(search.purifiers, self.gradient):
+        search = _Search(self, x, labels_of(self.estimator, x, y, self.batch_size))
+        evaluator = search.evaluator
+        with frozen(self.estimator), backward_pass(evaluator.purifiers, self.gradient):
             attacked = search.run()
         self.success_rate = search.rate.cpu().numpy()
         self.success = self.success_rate > 0.5
-        for name in ("queries", "fallen_at", "losses"):
-            setattr(self, name, getattr(search, name).cpu().numpy())
-        count = max(search.gradients, 1)
-        self.zero_gradients, self.nonfinite_gradients = search.zeros / count, search.nonfinite / count
+        self.fallen_at, self.losses = search.fallen_at.cpu().numpy(), search.losses.cpu().numpy()
+        self.queries = evaluator.queries.cpu().numpy()
+        count = max(evaluator.gradients, 1)
+        self.zero_gradients, self.nonfinite_gradients = evaluator.zeros / count, evaluator.nonfinite / count
         return attacked
 
     def _check_params(self) -> None:
@@ -204,24 +203,6 @@ class AdaptivePGD(EvasionAttack):
                 raise ValueError(f"{name} must be a bool, got {getattr(self, name)!r}")
 
 
-@dataclass
-class _Evaluation:
-    """Of M images, over some draws: mean logits (M, classes), losses and margins (M,), share of successes (M,).
-
-    ``gradient`` (M, ...) is that of the mean loss.
-    """
-
-    logits: Tensor
-    loss: Tensor
-    margin: Tensor
-    rate: Tensor
-    gradient: Tensor | None = None
-
-    def __getitem__(self, chosen: Tensor) -> _Evaluation:
-        gradient = None if self.gradient is None else self.gradient[chosen]
-        return _Evaluation(self.logits[chosen], self.loss[chosen], self.margin[chosen], self.rate[chosen], gradient)
-
-
 class _Search:
     """One call of ``generate``: images in [0, 1], the best of them so far, and what was counted on the way."""
 
@@ -229,30 +210,27 @@ class _Search:
         self.attack, self.y, self.given = attack, y, x
         self.low, self.high = scalar_clip_values(attack.estimator)
         self.x = self._to_unit(x)
-        self.purifiers = purifiers_of(attack.estimator)
-        self.seed = int(torch.randint(2**31, (), device="cpu")) if attack.seed is None else attack.seed
+        self.evaluator = Evaluator(
+            attack.estimator, y, attack.seed, attack.batch_size, attack.loss, attack.success_criterion
+        )
         self.selection_draws = attack.selection_draws
-        if self.selection_draws is None and (
-            attack.eot > 1 or any(p.stochastic and p.seed is None for p in self.purifiers)
-        ):
+        if self.selection_draws is None and (attack.eot > 1 or self.evaluator.random):
             self.selection_draws = SELECTION_DRAWS
         count, device = len(x), y.device
         self.best = self.x.clone()
         self.rate = torch.zeros(count, device=device)
         self.margin = torch.full((count,), -torch.inf, device=device)
         self.promise = torch.full((count,), -torch.inf, device=device)  # largest margin over a gradient's draws
-        self.queries = torch.zeros(count, dtype=torch.long, device=device)
         self.fallen_at = torch.full((count,), -1, device=device)
         runs = attack.restarts * max(attack.targets, 1)
         self.losses = torch.full((runs, attack.steps + 1, count), torch.nan, device=device)
-        self.gradients = self.zeros = self.nonfinite = 0
 
     def run(self) -> np.ndarray:
         """Attack all images, and return the best found, in the estimator's range."""
         attack, everyone = self.attack, torch.arange(len(self.x), device=self.x.device)
         if not len(everyone):
             return self.given
-        clean = self._evaluate(self.x, everyone, None, self.selection_draws or 1, self._stream())
+        clean = self.evaluator(self.x, everyone, self.selection_draws or 1)
         self._keep(self.x, everyone, clean, 0)
         targets = clean.logits.scatter(1, self.y[:, None], -torch.inf).topk(max(attack.targets, 1)).indices
         with tqdm(total=len(self.losses) * attack.steps, unit="step", desc="attack", disable=not attack.verbose) as bar:
@@ -273,7 +251,7 @@ class _Search:
             where, last = index[active], step == attack.steps
             points = self._rounded(ascent.z[active], self.x[where])
             towards = None if targets is None else targets[where]
-            found = self._evaluate(points, where, towards, attack.eot, self._stream(run, step), gradient=not last)
+            found = self.evaluator(points, where, attack.eot, (run, step), targets=towards, gradient=not last)
             self.losses[run, step, where] = found.loss
             self._select(points, where, found, run * attack.steps + step)
             bar.update(not last)
@@ -282,7 +260,7 @@ class _Search:
                 active = active[going]
                 ascent.move(active, found[going], step)
 
-    def _select(self, points: Tensor, index: Tensor, found: _Evaluation, steps: int) -> None:
+    def _select(self, points: Tensor, index: Tensor, found: Evaluation, steps: int) -> None:
         """Keep images that are better than the best so far, judged by other draws than the gradient's if there are."""
         if self.selection_draws is not None:
             chosen = found.margin > self.promise[index]
@@ -290,10 +268,10 @@ class _Search:
             self.promise[index] = found.margin[chosen]
             if not len(index):
                 return
-            found = self._evaluate(points, index, None, self.selection_draws, self._stream())
+            found = self.evaluator(points, index, self.selection_draws)
         self._keep(points, index, found, steps)
 
-    def _keep(self, points: Tensor, index: Tensor, found: _Evaluation, steps: int) -> None:
+    def _keep(self, points: Tensor, index: Tensor, found: Evaluation, steps: int) -> None:
         """Keep images that succeed more often than the best so far, or as often with a larger margin."""
         rate, margin = self.rate[index], self.margin[index]
         better = (found.rate > rate) | ((found.rate == rate) & (found.margin > margin))
@@ -305,65 +283,12 @@ class _Search:
         )
         self.fallen_at[index[(found.rate > 0.5) & (self.fallen_at[index] < 0)]] = steps
 
-    def _evaluate(
-        self, points: Tensor, index: Tensor, targets: Tensor | None, draws: int, seed: int, gradient: bool = False
-    ) -> _Evaluation:
-        """Classify ``points`` (M, ...), images at the places ``index`` (M,), with so many draws of each."""
-        self.queries[index] += draws
-        size = max(1, self.attack.batch_size // draws)
-        pieces = zip(points.split(size), index.split(size), strict=True)
-        parts = [
-            self._evaluate_batch(some, where, None if targets is None else part, draws, seed, gradient)
-            for (some, where), part in zip(pieces, (index if targets is None else targets).split(size), strict=True)
-        ]
-        logits, loss, margin, rate, *gradients = (torch.cat(part) for part in zip(*parts, strict=True))
-        if not gradient:
-            return _Evaluation(logits, loss, margin, rate)
-        return _Evaluation(logits, loss, margin, rate, self._checked(gradients[0]))
-
-    def _evaluate_batch(
-        self, points: Tensor, index: Tensor, targets: Tensor | None, draws: int, seed: int, gradient: bool
-    ) -> tuple[Tensor, ...]:
-        attack = self.attack
-        y = self.y[index].repeat_interleave(draws)
-        with torch.set_grad_enabled(gradient), replayed(self.purifiers, seed, index.tolist(), draws):
-            points = points.detach().requires_grad_(gradient)
-            images = points.repeat_interleave(draws, 0) * (self.high - self.low) + self.low
-            logits = differentiable_logits(attack.estimator, images)
-            if callable(attack.loss):
-                loss = attack.loss(logits, y, images)
-            else:
-                towards = None if targets is None else targets.repeat_interleave(draws)
-                loss = losses.FUNCTIONS[attack.loss](logits, y, towards)
-            mean = loss.unflatten(0, (len(points), draws)).mean(1)
-            gradients = torch.autograd.grad(mean.sum(), points) if gradient else ()
-        with torch.no_grad():
-            criterion = attack.success_criterion or (lambda logits, y, images: logits.argmax(1) != y)
-            succeeds = criterion(logits, y, images) & logits.isfinite().all(1)
-            margin = loss if callable(attack.loss) else losses.margin(logits, y)
-            over_draws = (
-                part.detach().float().unflatten(0, (len(points), draws)).mean(1) for part in (margin, succeeds)
-            )
-            return logits.detach().unflatten(0, (len(points), draws)).mean(1), mean.detach(), *over_draws, *gradients
-
-    def _checked(self, gradient: Tensor) -> Tensor:
-        """Count gradients that are zero or not finite; NaN and infinity become zero."""
-        flat = gradient.flatten(1)
-        self.gradients += len(flat)
-        self.zeros += int((flat == 0).all(1).sum())
-        self.nonfinite += int((~flat.isfinite()).any(1).sum())
-        return gradient.nan_to_num(0.0, 0.0, 0.0)
-
-    def _stream(self, *place: int) -> int:
-        """A seed of purifiers' random numbers: of a run and step, or without them of the selection."""
-        return int(np.random.SeedSequence([self.seed, len(place), *place]).generate_state(1, np.uint64)[0])
-
     def _start(self, index: Tensor, run: int) -> Tensor:
         """Random images in the ball, (M, ...)."""
         x = self.x[index]
         noise = np.empty(x.shape, np.float32)
         for row, place in zip(noise, index.tolist(), strict=True):
-            rng = np.random.default_rng([self.seed, place, run])
+            rng = np.random.default_rng([self.evaluator.seed, place, run])
             row[:] = rng.uniform(-1, 1, row.shape) if self.attack.norm == "Linf" else rng.standard_normal(row.shape)
         direction = torch.from_numpy(noise).to(x)
         if self.attack.norm == "L2":
@@ -387,7 +312,7 @@ class _Search:
         else:
             inside = centre + (levels - centre).trunc()  # closer to the centre in every value
             far = (nearest - centre).flatten(1).norm(dim=1) > self.eps * TOP
-            nearest = torch.where(_per_image(far, x), inside, nearest)
+            nearest = torch.where(per_image(far, x), inside, nearest)
         return (nearest.clamp(0, TOP) / TOP).to(z.dtype)
 
     def _to_unit(self, x: np.ndarray) -> Tensor:
@@ -437,22 +362,21 @@ class _Ascent:
         self.interval = max(1, int(FIRST_CHECK * attack.steps))
         self.checked = 0
 
-    def move(self, active: Tensor, found: _Evaluation, step: int) -> None:
+    def move(self, active: Tensor, found: Evaluation, step: int) -> None:
         """Move the images ``active`` (K,) from points whose losses and gradients are given."""
-        assert found.gradient is not None
         if self.attack.schedule == "apgd":
             self._move_apgd(active, found.loss, found.gradient, step)
             return
         size = self.first
         if self.attack.schedule == "cosine":
             size *= (1 + math.cos(math.pi * step / self.attack.steps)) / 2
-        length = _per_image(found.gradient.flatten(1).abs().sum(1), self.x).clamp_min(1e-30)
+        length = per_image(found.gradient.flatten(1).abs().sum(1), self.x).clamp_min(1e-30)
         self.velocity[active] = self.attack.momentum * self.velocity[active] + found.gradient / length
         self.z[active] = self._step(active, self.velocity[active], torch.full_like(found.loss, size))
 
     def _step(self, active: Tensor, direction: Tensor, size: Tensor) -> Tensor:
         x = self.x[active]
-        moved = self.z[active] + _per_image(size, x) * _unit(direction, self.attack.norm)
+        moved = self.z[active] + per_image(size, x) * _unit(direction, self.attack.norm)
         return _projected(moved, x, self.eps, self.attack.norm)
 
     def _move_apgd(self, active: Tensor, loss: Tensor, gradient: Tensor, step: int) -> None:
@@ -491,7 +415,7 @@ def _projected(z: Tensor, x: Tensor, eps: float, norm: str) -> Tensor:
     if norm == "Linf":
         return z.minimum(x + eps).maximum(x - eps).clamp(0, 1)
     change = z - x
-    length = _per_image(change.flatten(1).norm(dim=1), x)
+    length = per_image(change.flatten(1).norm(dim=1), x)
     return (x + change * (eps / length.clamp_min(1e-30)).clamp_max(1)).clamp(0, 1)
 
 
@@ -499,11 +423,6 @@ def _unit(direction: Tensor, norm: str) -> Tensor:
     """The step of size 1 in this norm along which a function of this gradient rises most; 0 for a gradient of 0."""
     if norm == "Linf":
         return direction.sign()
-    scale = _per_image(direction.flatten(1).abs().amax(1), direction).clamp_min(1e-30)
+    scale = per_image(direction.flatten(1).abs().amax(1), direction).clamp_min(1e-30)
     direction = direction / scale  # squares of tiny gradients would underflow
-    return direction / _per_image(direction.flatten(1).norm(dim=1), direction).clamp_min(1e-30)
-
-
-def _per_image(values: Tensor, x: Tensor) -> Tensor:
-    """Values (N,) in a shape that broadcasts over images ``x`` (N, ...)."""
-    return values.reshape(-1, *[1] * (x.ndim - 1))
+    return direction / per_image(direction.flatten(1).norm(dim=1), direction).clamp_min(1e-30)

@@ -1,13 +1,39 @@
-"""Logits of estimators through their purifiers, with a chosen backward pass and replayed random numbers."""
+"""Classification through purifiers, with a chosen backward pass and replayed random numbers, for attacks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import torch
+from art.utils import check_and_transform_label_format, get_labels_np_array
+from torch import Tensor
+
+from art_pixeldefend.attacks import losses
+from art_pixeldefend.attacks.budget import scalar_clip_values
 from art_pixeldefend.purifiers.base import Purifier
+from art_pixeldefend.purifiers.logits import differentiable_logits
 from art_pixeldefend.purifiers.purified_model import PurifiedModel
+
+# Functions of logits (M, classes), labels (M,) and images (M, ...) in the estimator's range.
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # to be made large, (M,)
+Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]  # whether the attack succeeds, (M,)
+
+
+def labels_of(estimator: Any, x: np.ndarray, y: np.ndarray | None, batch_size: int) -> Tensor:
+    """Class numbers (N,) on the estimator's device: of ``y``, numbers or one-hot, or predicted if it is None."""
+    if y is None:
+        y = get_labels_np_array(estimator.predict(x, batch_size=batch_size))
+    y = check_and_transform_label_format(y, nb_classes=estimator.nb_classes)
+    return torch.from_numpy(y.argmax(axis=1)).to(estimator.device)
+
+
+def per_image(values: Tensor, x: Tensor) -> Tensor:
+    """Values (N,) in a shape that broadcasts over images ``x`` (N, ...)."""
+    return values.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def purifiers_of(estimator: Any) -> list[Purifier]:
@@ -55,3 +81,117 @@ def replayed(purifiers: Sequence[Purifier], seed: int, index: Sequence[int], dra
             else:
                 stack.enter_context(purifier.drawing(purifier.seed, [i for i in index for _ in range(draws)]))
         yield
+
+
+@dataclass
+class Evaluation:
+    """Of M images, over some draws: mean logits (M, classes), losses and margins (M,), share of successes (M,).
+
+    ``gradient`` (M, ...), of images in [0, 1], is that of the mean loss; it is empty unless asked for.
+    """
+
+    logits: Tensor
+    loss: Tensor
+    margin: Tensor
+    rate: Tensor
+    gradient: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def __getitem__(self, chosen: Tensor) -> Evaluation:
+        gradient = self.gradient[chosen] if len(self.gradient) else self.gradient
+        return Evaluation(self.logits[chosen], self.loss[chosen], self.margin[chosen], self.rate[chosen], gradient)
+
+
+class Evaluator:
+    """Classifies images of one call of an attack, and counts.
+
+    Args:
+        estimator: a PyTorch classifier with clip values whose outputs are logits.
+        y: labels (N,) of all images.
+        seed: of all random numbers; None draws one.
+        batch_size: most images, times draws, at a time.
+        loss: a name in :mod:`art_pixeldefend.attacks.losses`, or a function.
+        criterion: of success; None for misclassification.
+
+    Attributes:
+        purifiers: the estimator's.
+        random: whether any of them draws numbers that are not the same at every call.
+        queries: (N,), images, times draws, that were classified.
+        gradients, zeros, nonfinite: number of gradients, and of those that were zero, or not finite somewhere.
+    """
+
+    def __init__(
+        self,
+        estimator: Any,
+        y: Tensor,
+        seed: int | None,
+        batch_size: int,
+        loss: str | Loss = "margin",
+        criterion: Criterion | None = None,
+    ) -> None:
+        self.estimator, self.y, self.batch_size, self.loss, self.criterion = estimator, y, batch_size, loss, criterion
+        self.seed = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
+        self.low, self.high = scalar_clip_values(estimator)
+        self.purifiers = purifiers_of(estimator)
+        self.random = any(p.stochastic and p.seed is None for p in self.purifiers)
+        self.queries = torch.zeros_like(y)
+        self.gradients = self.zeros = self.nonfinite = 0
+
+    def __call__(
+        self,
+        points: Tensor,
+        index: Tensor,
+        draws: int,
+        place: tuple[int, ...] = (),
+        *,
+        targets: Tensor | None = None,
+        gradient: bool = False,
+    ) -> Evaluation:
+        """Classify images.
+
+        Args:
+            points: images (M, ...) in [0, 1], M > 0.
+            index: their places (M,) in the whole input.
+            draws: of each.
+            place: evaluations at different places, such as (run, step), use different random numbers.
+            targets: classes (M,) of a targeted loss.
+            gradient: whether to compute gradients; NaN and infinity in them become zero.
+        """
+        self.queries[index] += draws
+        seed = int(np.random.SeedSequence([self.seed, len(place), *place]).generate_state(1, np.uint64)[0])
+        parts = []
+        for piece in torch.arange(len(points), device=points.device).split(max(1, self.batch_size // draws)):
+            towards = None if targets is None else targets[piece]
+            parts.append(self._batch(points[piece], index[piece], towards, draws, seed, gradient))
+        found = Evaluation(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        if gradient:
+            flat = found.gradient.flatten(1)
+            self.gradients += len(flat)
+            self.zeros += int((flat == 0).all(1).sum())
+            self.nonfinite += int((~flat.isfinite()).any(1).sum())
+            found.gradient = found.gradient.nan_to_num(0.0, 0.0, 0.0)
+        return found
+
+    def _batch(
+        self, points: Tensor, index: Tensor, targets: Tensor | None, draws: int, seed: int, gradient: bool
+    ) -> tuple[Tensor, ...]:
+        """The parts of an :class:`Evaluation` of one batch."""
+
+        def mean(values: Tensor) -> Tensor:
+            return values.unflatten(0, (len(points), draws)).mean(1)
+
+        y = self.y[index].repeat_interleave(draws)
+        with torch.set_grad_enabled(gradient), replayed(self.purifiers, seed, index.tolist(), draws):
+            points = points.detach().requires_grad_(gradient)
+            images = points.repeat_interleave(draws, 0) * (self.high - self.low) + self.low
+            logits = differentiable_logits(self.estimator, images)
+            if callable(self.loss):
+                loss = self.loss(logits, y, images)
+            else:
+                towards = None if targets is None else targets.repeat_interleave(draws)
+                loss = losses.FUNCTIONS[self.loss](logits, y, towards)
+            gradients = torch.autograd.grad(mean(loss).sum(), points) if gradient else ()
+        with torch.no_grad():
+            wrong = logits.argmax(1) != y if self.criterion is None else self.criterion(logits, y, images)
+            success = wrong & logits.isfinite().all(1)
+            margin = loss if callable(self.loss) else losses.margin(logits, y)
+            return mean(logits).detach(), mean(loss).detach(), mean(margin).detach(), mean(success.float()), *gradients
