@@ -516,7 +516,7 @@ def demo(
     overwrite: Overwrite = False,
     verbose: Verbose = True,
 ) -> None:
-    """Attack a small classifier of digits, then purify and detect: three minutes on two cores, no download."""
+    """Attack a small classifier of digits, then purify and detect: less than a minute of CPU time, no download."""
     import torch
 
     from art_pixeldefend.evaluation.demo import run
