@@ -5,6 +5,7 @@ from art_pixeldefend.attacks.auto_attack import auto_attack
 from art_pixeldefend.attacks.carlini_wagner import CarliniWagnerLInf
 from art_pixeldefend.attacks.clipped import Clipped
 from art_pixeldefend.attacks.deep_fool import DeepFoolLInf
+from art_pixeldefend.attacks.latent import LatentAttack
 from art_pixeldefend.attacks.overpowered import OverpoweredAttack, Pairs
 from art_pixeldefend.attacks.random_noise import RandomNoise
 from art_pixeldefend.attacks.registry import ATTACKS, PAPER, Attack, make_attack, unclipped
@@ -22,6 +23,7 @@ __all__ = [
     "DeepFoolLInf",
     "HalfNormalBIM",
     "HalfNormalFGSM",
+    "LatentAttack",
     "OverpoweredAttack",
     "Pairs",
     "RandomNoise",

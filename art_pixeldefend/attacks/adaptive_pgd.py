@@ -23,6 +23,7 @@ from art_pixeldefend.attacks.through import (
     backward_pass,
     labels_of,
     per_image,
+    projected,
 )
 from art_pixeldefend.attacks.training import frozen
 from art_pixeldefend.levels import TOP, from_levels, to_levels
@@ -293,7 +294,7 @@ class _Search:
         direction = torch.from_numpy(noise).to(x)
         if self.attack.norm == "L2":
             direction = _unit(direction, "L2")
-        return _projected(x + self.eps * direction, x, self.eps, self.attack.norm)
+        return projected(x + self.eps * direction, x, self.eps, self.attack.norm)
 
     @property
     def eps(self) -> float:
@@ -377,7 +378,7 @@ class _Ascent:
     def _step(self, active: Tensor, direction: Tensor, size: Tensor) -> Tensor:
         x = self.x[active]
         moved = self.z[active] + per_image(size, x) * _unit(direction, self.attack.norm)
-        return _projected(moved, x, self.eps, self.attack.norm)
+        return projected(moved, x, self.eps, self.attack.norm)
 
     def _move_apgd(self, active: Tensor, loss: Tensor, gradient: Tensor, step: int) -> None:
         self.rises[active] += (loss > self.last[active]).float()
@@ -394,7 +395,7 @@ class _Ascent:
         moved = self._step(active, gradient, self.size[active])
         if step:
             moved = now + (1 - INERTIA) * (moved - now) + INERTIA * (now - before)
-            moved = _projected(moved, self.x[active], self.eps, self.attack.norm)
+            moved = projected(moved, self.x[active], self.eps, self.attack.norm)
         self.before[active], self.z[active] = now, moved
 
     def _check(self, active: Tensor, gradient: Tensor) -> None:
@@ -408,15 +409,6 @@ class _Ascent:
         self.size[index] /= 2
         self.z[index] = self.before[index] = self.best[index]
         gradient[back] = self.gradient[index]
-
-
-def _projected(z: Tensor, x: Tensor, eps: float, norm: str) -> Tensor:
-    """The points of the balls around ``x``, and of [0, 1], to which ``z`` is moved."""
-    if norm == "Linf":
-        return z.minimum(x + eps).maximum(x - eps).clamp(0, 1)
-    change = z - x
-    length = per_image(change.flatten(1).norm(dim=1), x)
-    return (x + change * (eps / length.clamp_min(1e-30)).clamp_max(1)).clamp(0, 1)
 
 
 def _unit(direction: Tensor, norm: str) -> Tensor:

@@ -36,6 +36,15 @@ def per_image(values: Tensor, x: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (x.ndim - 1))
 
 
+def projected(z: Tensor, x: Tensor, eps: float, norm: str) -> Tensor:
+    """The points of the balls around ``x``, and of [0, 1], to which ``z`` is moved."""
+    if norm == "Linf":
+        return z.minimum(x + eps).maximum(x - eps).clamp(0, 1)
+    change = z - x
+    length = per_image(change.flatten(1).norm(dim=1), x)
+    return (x + change * (eps / length.clamp_min(1e-30)).clamp_max(1)).clamp(0, 1)
+
+
 def purifiers_of(estimator: Any) -> list[Purifier]:
     """The purifiers of a PyTorch classifier: among its preprocessing defences, and inside its model."""
     found = [p for p in estimator.preprocessing_operations if isinstance(p, Purifier) and p.apply_predict]

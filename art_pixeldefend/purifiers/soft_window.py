@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from art_pixeldefend.levels import TOP, to_levels
 from art_pixeldefend.models.pixelcnnpp import PixelCNNpp, mixture
+from art_pixeldefend.models.pixelcnnpp.layers import kept_weights
 
 EDGE = 4.0  # levels over which the window's edges fall
 STRIDE = 4  # levels between the ones of which the mean is taken
@@ -59,33 +60,37 @@ class SoftWindow(torch.autograd.Function):
 def _gradient(model: PixelCNNpp, eps: int, x: Tensor, purified: Tensor, gradient: Tensor) -> Tensor:
     """The gradient for images ``x`` of (``gradient`` * means).sum(), means and images both in [0, 1]."""
     dtype = torch.promote_types(model.dtype, torch.float32)
-    with model.evaluating(), torch.enable_grad():
-        centre = (x.detach().to(dtype) * TOP).requires_grad_()
+    with model.evaluating(), kept_weights(model), torch.enable_grad():
         earlier = purified.to(dtype).requires_grad_()
-        params = model.mixture_parameters(earlier)
-        weighted = (gradient.to(dtype) * window_means(params, earlier, centre, eps)).sum()
-        direct, implicit = torch.autograd.grad(weighted, (centre, earlier))
-        followed = (implicit * window_means(params.detach(), earlier.detach(), centre, eps)).sum()
-        return (direct + torch.autograd.grad(followed, centre)[0]).to(x.dtype)
+        means, direct = window_means(model.mixture_parameters(earlier), earlier, x.detach().to(dtype) * TOP, eps)
+        (implicit,) = torch.autograd.grad(means, earlier, gradient.to(dtype))
+    return ((gradient.to(dtype) + implicit) * direct).to(x.dtype)
 
 
-def window_means(params: Tensor, levels: Tensor, centre: Tensor, eps: int) -> Tensor:
-    """Means of conditional distributions within soft windows, in levels, (N, C, H, W); differentiable.
+def window_means(params: Tensor, levels: Tensor, centre: Tensor, eps: int) -> tuple[Tensor, Tensor]:
+    """Means of conditional distributions within soft windows, and their derivatives with respect to the centres.
 
     Args:
         params: mixture parameters (N, H, W, P) of :meth:`PixelCNNpp.mixture_parameters`.
         levels: (N, C, H, W), those of a pixel's earlier channels are conditioned on.
         centre: of the windows, in levels (N, C, H, W).
         eps: their radius in levels.
+
+    Returns:
+        Both (N, C, H, W): the means in levels, which are differentiable in ``params`` and ``levels``; and derivatives,
+        d m / d x = sum of z w(z) s(z) - m sum of w(z) s(z), where s = d log w / d x and w sums to 1.
     """
     count = int((eps + 3 * EDGE) // STRIDE)
     offsets = STRIDE * torch.arange(-count, count + 1, device=centre.device, dtype=centre.dtype)
-    pixels, means = levels.movedim(1, -1), []
+    pixels, means, derivatives = levels.movedim(1, -1), [], []
     for channel in range(levels.shape[1]):
         middle = centre[:, channel, ..., None]
-        z = (middle.detach() + offsets).clamp(0, TOP)
+        z = (middle + offsets).clamp(0, TOP)
+        above, below = (eps + z - middle) / EDGE, (eps - z + middle) / EDGE
         parts = mixture.components(params, pixels, channel).for_each_level()
-        distance = z - middle
-        window = F.logsigmoid((eps - distance) / EDGE) + F.logsigmoid((eps + distance) / EDGE)
-        means.append(((mixture.log_prob(parts, z) + window).softmax(-1) * z).sum(-1))
-    return torch.stack(means, 1)
+        weights = (mixture.log_prob(parts, z) + F.logsigmoid(above) + F.logsigmoid(below)).softmax(-1)
+        means.append((weights * z).sum(-1))
+        with torch.no_grad():
+            slopes = weights * (below.neg().sigmoid() - above.neg().sigmoid()) / EDGE
+            derivatives.append((z * slopes).sum(-1) - means[-1] * slopes.sum(-1))
+    return torch.stack(means, 1), torch.stack(derivatives, 1)

@@ -23,7 +23,7 @@ def x(make_levels):
 
 def test_means_are_those_of_the_conditional_distributions_in_the_window(model, x):
     levels = (x * 255).round()
-    means = window_means(model.mixture_parameters(levels), levels, levels, EPS)
+    means, _ = window_means(model.mixture_parameters(levels), levels, levels, EPS)
     log_p = model.conditional_log_probs(levels.to(torch.uint8))
     count = int((EPS + 3 * EDGE) // STRIDE)
     for n, c, i, j in np.ndindex(*levels.shape):
@@ -44,40 +44,35 @@ def test_the_gradient_follows_the_window_and_one_step_through_earlier_sub_pixels
     (found,) = torch.autograd.grad(result, inputs, gradient)
     for n in range(len(x)):
 
-        def means(levels, centre, n=n):
-            levels, centre = levels.view(1, *SHAPE), centre.view(1, *SHAPE)
-            return window_means(model.mixture_parameters(levels), levels, centre, EPS).flatten()
+        def means(levels, n=n):
+            levels = levels.view(1, *SHAPE)
+            return window_means(model.mixture_parameters(levels), levels, 255 * x[n : n + 1], EPS)[0].flatten()
 
-        at = purified[n].flatten(), 255 * x[n].flatten()
-        through, direct = torch.autograd.functional.jacobian(means, at)
-        assert torch.equal(direct, direct.diag().diag())  # a window moves its own sub-pixel only
+        at = purified[n].flatten()
+        through = torch.autograd.functional.jacobian(means, at)
+        levels = at.view(1, *SHAPE)
+        direct = window_means(model.mixture_parameters(levels), levels, 255 * x[n : n + 1], EPS)[1].flatten().diag()
         expected = gradient[n].flatten() @ (direct + through @ direct)
         assert torch.allclose(found[n].flatten(), expected, atol=1e-9)
 
 
-def test_means_are_differentiated_as_finite_differences_say(model, x):
+def test_derivatives_are_those_of_the_window_by_finite_differences(model, x):
     levels = (x * 255).round()
     params = model.mixture_parameters(levels).detach()
-    centre = levels.clamp(60, 200).requires_grad_()
-    # The levels that the mean is taken of move with the centre, but are not differentiated: they hold still here.
-    z_step = 1e-4
-    (found,) = torch.autograd.grad(window_means(params, levels, centre, EPS).sum(), centre)
+    derivatives = window_means(params, levels, levels, EPS)[1]
     count = int((EPS + 3 * EDGE) // STRIDE)
-    offsets = STRIDE * torch.arange(-count, count + 1)
+    z = (levels[..., None] + STRIDE * torch.arange(-count, count + 1)).clamp(0, 255)  # they do not move with the window
+    pixels = levels.movedim(1, -1)
+    parts = [mixture.components(params, pixels, c).for_each_level() for c in range(SHAPE[0])]
+    p = torch.stack([mixture.log_prob(part, z[:, c]) for c, part in enumerate(parts)], 1).exp()
 
-    def mean_at(shift):
-        results = []
-        for c in range(SHAPE[0]):
-            z = (centre.detach()[:, c, ..., None] + offsets).clamp(0, 255)
-            parts = mixture.components(params, levels.movedim(1, -1), c).for_each_level()
-            distance = z - centre.detach()[:, c, ..., None] - shift
-            weights = mixture.log_prob(parts, z).exp() * torch.sigmoid((EPS - distance) / EDGE)
-            weights = weights * torch.sigmoid((EPS + distance) / EDGE)
-            results.append((weights * z).sum(-1) / weights.sum(-1))
-        return torch.stack(results, 1)
+    def means_at(shift):
+        distance = z - levels[..., None] - shift
+        weights = p * torch.sigmoid((EPS - distance) / EDGE) * torch.sigmoid((EPS + distance) / EDGE)
+        return (weights * z).sum(-1) / weights.sum(-1)
 
-    expected = (mean_at(z_step) - mean_at(-z_step)) / (2 * z_step)
-    assert torch.allclose(found, expected, atol=1e-6)
+    step = 1e-4
+    assert torch.allclose(derivatives, (means_at(step) - means_at(-step)) / (2 * step), atol=1e-6)
 
 
 def test_purified_images_do_not_depend_on_the_gradient(make_model, make_levels):
