@@ -47,12 +47,13 @@ def grid():
     defences = {
         "noise": (("extension.AddNoise", {}),),
         "arts-noise": (("art.defences.preprocessor.GaussianAugmentation", {"augmentation": False, "sigma": 0.3}),),
+        "score": (("art_pixeldefend.purifiers.ScorePurifier", {"model": "{score}", "steps": 2}),),
     }
     return Grid(
         "digits",
         tuple(Row("vgg", "normal", defence, threat) for defence in defences for threat in ("blind", "white-box")),
-        eps=(40,), attacks=("brighter", "bim"), defences=defences, recipe="digits", steps=30,
-        sizes={"vgg": {"width": 2}}, images=32, validation=8, chunk=8,
+        eps=(40,), attacks=("brighter", "bim"), defences=defences, models={"score": "digits-score"},
+        recipe="digits", steps=30, sizes={"vgg": {"width": 2}}, images=32, validation=8, chunk=8,
     )
 """
 SCRIPT = """
