@@ -140,7 +140,7 @@ def certify_smoothed(
     settings: dict[str, Any] = {
         "sigma": check_number("sigma", sigma, 1e-12), "n0": check_count("n0", n0), "n": check_count("n", n),
         "alpha": check_number("alpha", alpha, 1e-12, 0.5), "seed": check_count("seed", seed, 0),
-        "name": name, "images": _hash([images]), "classifier": _fingerprint(classifier),
+        "name": name, "images": hashed([images]), "classifier": fingerprint(classifier),
     }  # fmt: skip
     batch_size = check_count("batch_size", batch_size)
     if file is not None and not name:
@@ -266,15 +266,16 @@ def _purifiers(classifier: Any) -> list[Purifier]:
     return inside + [defence for defence in before if isinstance(defence, Purifier)]
 
 
-def _fingerprint(classifier: Any) -> str:
+def fingerprint(classifier: Any) -> str:
     """A hash of all weights, of the purifiers' models too."""
     module = classifier.model if isinstance(classifier, PyTorchClassifier) else classifier
     modules = [module, *(purifier.model for purifier in _purifiers(classifier))]
     weights = [tensor for m in modules if isinstance(m, nn.Module) for tensor in m.state_dict().values()]
-    return _hash([*map(repr, _purifiers(classifier)), *weights])
+    return hashed([*map(repr, _purifiers(classifier)), *weights])
 
 
-def _hash(parts: Sequence[Tensor | str]) -> str:
+def hashed(parts: Sequence[Tensor | str]) -> str:
+    """A hash of tensors and strings, in their order."""
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part.detach().cpu().contiguous().numpy().tobytes()

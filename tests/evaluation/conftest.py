@@ -1,7 +1,11 @@
 import json
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
+from art_pixeldefend import datasets
 from art_pixeldefend.evaluation import runner
 from art_pixeldefend.evaluation.grid import Grid, Row  # noqa: F401  # for the source below
 from art_pixeldefend.evaluation.paper.grids import defences  # noqa: F401  # for the source below
@@ -45,3 +49,22 @@ def cells():
 def source():
     """The Python source of the tiny grid."""
     return SOURCE
+
+
+@pytest.fixture(scope="session")
+def digits_images():
+    """A few test images in [0, 1], and their classes."""
+    data = datasets.load("digits")
+    return data.x_test[:24].astype(np.float32) / 255, data.y_test[:24]
+
+
+@pytest.fixture(scope="session")
+def nearest_mean():
+    """A classifier of digits without training; of class means m, it returns the logits 10 (x . m - m . m / 2)."""
+    data = datasets.load("digits")
+    x = torch.from_numpy(data.x_train).flatten(1) / 255
+    means = torch.stack([x[torch.from_numpy(data.y_train) == c].mean(0) for c in range(10)])
+    layer = nn.Linear(64, 10)
+    with torch.no_grad():
+        layer.weight[:], layer.bias[:] = 10 * means, -5 * means.square().sum(1)
+    return nn.Sequential(nn.Flatten(), layer).eval()

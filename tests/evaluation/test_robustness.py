@@ -1,0 +1,326 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from art.defences.preprocessor import FeatureSqueezing
+from art.estimators.classification import PyTorchClassifier
+from scipy.stats import binomtest
+from torch import nn
+
+from art_pixeldefend.evaluation import protocol
+from art_pixeldefend.evaluation.protocol import Ball, Planned, Subject, plan
+from art_pixeldefend.evaluation.robustness import AttackResult, Evaluation, evaluate_robustness
+from art_pixeldefend.evaluation.store import Store
+from art_pixeldefend.evaluation.threat import Threat
+from art_pixeldefend.purifiers import PurifiedModel, Purifier
+
+EPS = 40 / 255
+
+
+class AddNoise(Purifier):
+    stochastic, gradients = True, ("identity", "exact")
+
+    def purify(self, x, generator):
+        return (x + 0.4 * generator.normal(x.shape[1:])).clamp(0, 1)
+
+
+class Round(Purifier):
+    def purify(self, x, generator):
+        return (4 * x).round() / 4
+
+
+def short(gradient=None):
+    """Every kind of attack, in a tenth of the quick budget's time."""
+    through = Threat("everything", gradient, steps=3, eot=2 if gradient else 1)
+    return [
+        Planned("blind", Threat("classifier"), protocol.bim),
+        Planned("PGD", through, protocol.adaptive_pgd),
+        Planned("targeted", replace(through, targets=1), protocol.adaptive_pgd, survivors=True),
+        Planned("Square", Threat("scores", steps=3, eot=through.eot), protocol.square, survivors=True),
+    ]
+
+
+@pytest.fixture(scope="module")
+def evaluate(digits_images, nearest_mean):
+    def evaluate(purifier=None, model=nearest_mean, budget="quick", count=16, **arguments):
+        x, y = (part[:count] for part in digits_images)
+        return evaluate_robustness(
+            model, purifier, x, y, **{"eps": EPS, "budget": budget, "verbose": False} | arguments
+        )
+
+    return evaluate
+
+
+@pytest.fixture(scope="module")
+def rounded(evaluate):
+    return evaluate(Round())
+
+
+@pytest.fixture(scope="module")
+def noisy(evaluate):
+    return evaluate(AddNoise())
+
+
+def content(result):
+    """Everything but times."""
+    found = result.as_dict()
+    for attack in found["attacks"]:
+        del attack["seconds"]
+    return found
+
+
+def test_the_worst_case_is_no_better_than_any_attack(rounded, noisy):
+    for result in (rounded, noisy):
+        for rule in ("mean", "worst", "vote"):
+            accuracies = [result.accuracy(name, rule) for name in result.results]
+            assert result.accuracy(rule=rule) <= min(accuracies) + 1e-12
+    assert rounded.worst_case < rounded.clean
+
+
+def test_an_image_is_right_in_the_worst_case_only_if_it_is_under_every_attack(rounded):
+    every = [rounded.right(name) for name in rounded.results]
+    assert np.array_equal(rounded.right(), np.min(every, 0)) and rounded.right().shape == (16,)
+
+
+def test_the_rules_of_random_defences_are_ordered(noisy):
+    assert noisy.draws == 10
+    for name in noisy.results:
+        worst, mean = (noisy.right(name, rule) for rule in ("worst", "mean"))
+        assert (worst <= mean).all() and {*noisy.right(name, "vote")} <= {0.0, 1.0}
+    assert ((noisy.right("clean") > 0) & (noisy.right("clean") < 1)).any()
+
+
+def test_votes_count_the_class_of_most_draws():
+    labels = np.array([[1, 1, 2, 3], [2, 2, 2, 1], [-1, -1, -1, 1]])
+    result = AttackResult("clean", labels)
+    assert result.right(np.array([1, 1, 1]), "vote").tolist() == [1, 0, 0]
+    assert result.right(np.array([1, 1, 1]), "worst").tolist() == [0, 0, 0]
+    assert result.right(np.array([1, 1, 1]), "mean").tolist() == [0.5, 0.25, 0.25]
+
+
+def test_the_worst_case_of_equal_attacks_is_not_lowered_by_choosing_among_them():
+    """The attack that looks strongest on some draws is not: all are coins."""
+    rng, y = np.random.default_rng(0), np.zeros(2000, int)
+    results = {name: AttackResult(name, rng.integers(0, 2, (2000, 10))) for name in ("clean", "a", "b", "c", "d")}
+    found = Evaluation(y, results, [], {})
+    assert found.worst_case == pytest.approx(0.5, abs=0.02)
+    assert np.min([r.right(y) for r in results.values()], 0).mean() < 0.4
+
+
+def test_intervals_are_clopper_pearsons():
+    labels = np.array([[0]] * 45 + [[1]] * 5)
+    found = Evaluation(np.zeros(50, int), {"clean": AttackResult("clean", labels)}, [], {})
+    expected = binomtest(45, 50).proportion_ci(method="exact")
+    assert found.interval("clean") == pytest.approx((expected.low, expected.high))
+    half = Evaluation(np.zeros(1, int), {"clean": AttackResult("clean", np.array([[0, 1]]))}, [], {})
+    assert half.interval("clean") == pytest.approx((0.0, 1.0))
+
+
+def test_the_interval_of_no_and_of_all_right_images_has_the_exact_end():
+    for right, end in ((0, 0.0), (20, 1.0)):
+        labels = np.array([[0]] * right + [[1]] * (20 - right))
+        found = Evaluation(np.zeros(20, int), {"clean": AttackResult("clean", labels)}, [], {})
+        assert end in found.interval("clean")
+
+
+def test_a_saved_evaluation_comes_back_the_same(noisy, tmp_path):
+    noisy.save(tmp_path / "result.json")
+    again = Evaluation.load(tmp_path / "result.json")
+    assert again.as_dict() == noisy.as_dict() and str(again) == str(noisy)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"attacks": [{}], "y": [], "settings": {}}'])
+def test_a_file_of_something_else_is_refused(text, tmp_path):
+    (tmp_path / "file.json").write_text(text)
+    with pytest.raises(ValueError, match="path"):
+        Evaluation.load(tmp_path / "file.json")
+
+
+def test_it_prints_every_attack_with_its_interval_and_every_check(noisy):
+    text = str(noisy)
+    for name in (*noisy.results, "worst case", *(finding.name for finding in noisy.diagnostics)):
+        assert name in text
+    assert "worst of 10" in text and "40/255 (Linf)" in text and f"{100 * noisy.worst_case:.1f}" in text
+
+
+def test_a_defence_with_exact_gradients_is_attacked_with_them(noisy):
+    assert [r.threat.gradient for r in noisy.results.values() if r.threat] == [None, None, "identity", "exact", None]
+    assert noisy.results["exact"].threat.eot == 4 and noisy.results["transfer"].threat.eot == 1
+
+
+@pytest.mark.parametrize(
+    ("purifier", "budget"), [(Round(), short()), (AddNoise(), short("exact"))], ids=["deterministic", "random"]
+)
+@pytest.mark.parametrize("kind", ["attacks", "attacked", "diagnostics"])
+def test_an_evaluation_that_was_stopped_anywhere_continues_to_the_same_result(
+    purifier, budget, kind, evaluate, tmp_path, monkeypatch
+):
+    """It is stopped before and after each write of a kind, in turn, until it gets to the end."""
+    expected = content(evaluate(purifier, budget=budget))
+    stops = {"before": set(), "after": set()}
+
+    def stopping(method):
+        def wrapped(self, found, settings, value):
+            key = str(self.path(found, settings, ""))
+            if found == kind and key not in stops["before"]:
+                stops["before"].add(key)
+                raise KeyboardInterrupt
+            result = method(self, found, settings, value)
+            if found == kind and key not in stops["after"]:
+                stops["after"].add(key)
+                raise KeyboardInterrupt
+            return result
+
+        return wrapped
+
+    monkeypatch.setattr(Store, "write", stopping(Store.write))
+    monkeypatch.setattr(Store, "images", stopping(Store.images))
+    for _ in range(100):
+        try:
+            result = evaluate(purifier, budget=budget, folder=tmp_path)
+            break
+        except KeyboardInterrupt:
+            continue
+    assert len(stops["after"]) >= 4
+    assert content(result) == expected
+
+
+def test_a_finished_evaluation_is_read_back_without_an_attack(evaluate, tmp_path):
+    first = evaluate(Round(), budget=short(), folder=tmp_path)
+    unable = [replace(planned, run=None) for planned in short()]
+    assert evaluate(Round(), budget=unable, folder=tmp_path).as_dict() == first.as_dict()
+
+
+@pytest.mark.parametrize(
+    "change", [{"eps": 8 / 255}, {"seed": 1}, {"count": 15}, {"norm": "L2"}, {"purifier": FeatureSqueezing((0, 1), 3)}]
+)
+def test_other_arguments_do_not_read_the_same_results(change, evaluate, tmp_path):
+    attack = [Planned("PGD", Threat("everything", steps=3), protocol.adaptive_pgd)]
+    first = {"purifier": FeatureSqueezing((0, 1), 2), "budget": attack}
+    evaluate(**first, folder=tmp_path)
+    second = first | change
+    assert content(evaluate(**second, folder=tmp_path)) == content(evaluate(**second))
+
+
+def test_a_purifier_with_a_seed_is_attacked_by_one_who_has_it(evaluate, digits_images, nearest_mean):
+    subject = Subject(nearest_mean, AddNoise(seed=3), digits_images[0])
+    attacks = [p for p in plan(subject, "quick", Ball(EPS)) if p.name != "Square"]
+    assert [p.threat.seeds_known for p in attacks if p.threat.sees == "everything"] == [True, True]
+    known = evaluate(AddNoise(seed=3), budget=attacks)
+    assert known.draws == 1 and known.worst_case < known.clean
+
+
+def test_attacks_on_the_classifier_alone_do_not_see_the_defence(digits_images, nearest_mean):
+    seen = []
+
+    class Watching(Round):
+        def purify(self, x, generator):
+            seen.append(len(x))
+            return super().purify(x, generator)
+
+    subject = Subject(nearest_mean, Watching(), digits_images[0])
+    seen.clear()
+    subject.bare.predict(digits_images[0])
+    assert seen == []
+    subject.defended.predict(digits_images[0])
+    assert sum(seen) == len(digits_images[0])
+
+
+def test_a_classifier_of_another_range_with_its_own_defence_is_evaluated_alike(digits_images, nearest_mean, evaluate):
+    class Scaled(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return self.model(x / 255)
+
+    squeezing = FeatureSqueezing(clip_values=(0, 255), bit_depth=4)
+    classifier = PyTorchClassifier(
+        Scaled(nearest_mean), nn.CrossEntropyLoss(), (1, 8, 8), 10, clip_values=(0, 255),
+        preprocessing_defences=[squeezing],
+    )  # fmt: skip
+    x, y = digits_images
+    found = evaluate_robustness(classifier, None, 255 * x[:16], y[:16], eps=255 * EPS, budget="quick", verbose=False)
+    assert "transfer" in found.results and found.worst_case < found.clean
+    other = evaluate(FeatureSqueezing(clip_values=(0, 1), bit_depth=4))
+    assert abs(found.worst_case - other.worst_case) <= 1 / 16 + 1e-9
+    assert classifier.preprocessing_defences == [squeezing]
+
+
+def test_a_purified_model_is_recognised_as_defended(digits_images, nearest_mean):
+    subject = Subject(PurifiedModel(nearest_mean, AddNoise(), runs=2), None, digits_images[0])
+    assert subject.stochastic and not subject.undefended
+    assert "exact" in [planned.name for planned in plan(subject, "quick", Ball(EPS))]
+
+
+def test_global_state_and_modes_are_left_as_they_were(evaluate, nearest_mean):
+    model = nn.Sequential(nearest_mean, nn.Identity()).train()
+    torch.manual_seed(5), np.random.seed(5)
+    expected = torch.rand(1).item(), np.random.rand()
+    torch.manual_seed(5), np.random.seed(5)
+    evaluate(AddNoise(), model, short("exact"))
+    assert (torch.rand(1).item(), np.random.rand()) == expected
+    assert model.training and all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_budgets_add_attacks(digits_images, nearest_mean):
+    subject = Subject(nearest_mean, AddNoise(), digits_images[0])
+    names = {budget: [p.name for p in plan(subject, budget, Ball(EPS))] for budget in protocol.BUDGETS}
+    assert {*names["quick"]} < {*names["standard"]} <= {*names["full"]}
+    steps = {budget: plan(subject, budget, Ball(EPS))[2].threat.steps for budget in protocol.BUDGETS}
+    assert steps["quick"] < steps["standard"] < steps["full"]
+
+
+def test_an_attack_that_leaves_the_ball_is_an_error(evaluate):
+    far = Planned("far", Threat("everything"), lambda subject, x, y, *_: (np.clip(x + 2 * EPS, 0, 1), {}))
+    with pytest.raises(RuntimeError, match="far left the ball"):
+        evaluate(budget=[far])
+
+
+def test_survivors_are_what_no_attack_before_has_found(evaluate):
+    seen = []
+
+    def watch(subject, x, y, *_):
+        seen.append(len(x))
+        return x, {}
+
+    pgd = plan_of_pgd()
+    found = evaluate(budget=[pgd, Planned("second", Threat("everything"), watch, survivors=True)])
+    assert seen == [int(found.right("PGD").sum())]
+    assert found.accuracy("second") == found.accuracy("PGD")
+
+
+def plan_of_pgd():
+    return Planned("PGD", Threat("everything", steps=10), protocol.adaptive_pgd)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"model": "resnet"}, "model"), ({"purifier": "pixeldefend"}, "purifier"), ({"norm": "L1"}, "norm"),
+        ({"budget": "huge"}, "budget"), ({"eps": -1}, "eps"), ({"seed": -1}, "seed"), ({"count": 0}, "x must"),
+        ({"batch_size": 0}, "batch_size"), ({"purifier": AddNoise(), "draws": 3}, "draws"),
+        ({"budget": [plan_of_pgd(), plan_of_pgd()]}, "budget"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_named(arguments, name, evaluate):
+    with pytest.raises(ValueError, match=name):
+        evaluate(**arguments)
+
+
+def test_images_outside_the_range_are_refused(digits_images, nearest_mean):
+    with pytest.raises(ValueError, match="x must be in"):
+        evaluate_robustness(nearest_mean, None, 255 * digits_images[0], digits_images[1], verbose=False)
+
+
+def test_results_are_plain_json_without_nan(noisy):
+    assert json.loads(json.dumps(noisy.as_dict(), allow_nan=False)) == noisy.as_dict()
+
+
+def test_threats_of_results_survive_a_round_trip(noisy, tmp_path):
+    noisy.save(tmp_path / "r.json")
+    loaded = Evaluation.load(tmp_path / "r.json").results["exact"].threat
+    assert loaded == noisy.results["exact"].threat == replace(loaded)
