@@ -9,11 +9,13 @@ from typing import Any
 from art.attacks.attack import EvasionAttack
 from art.attacks.evasion import BasicIterativeMethod, CarliniLInfMethod, DeepFool, FastGradientMethod
 
+from art_pixeldefend.attacks.adaptive_pgd import AdaptivePGD
 from art_pixeldefend.attacks.budget import bim_steps, level
 from art_pixeldefend.attacks.carlini_wagner import CarliniWagnerLInf
 from art_pixeldefend.attacks.clipped import Clipped
 from art_pixeldefend.attacks.deep_fool import DeepFoolLInf
 from art_pixeldefend.attacks.random_noise import RandomNoise
+from art_pixeldefend.attacks.square import Square
 from art_pixeldefend.validation import check_eps
 
 
@@ -24,7 +26,8 @@ class Attack:
     Args:
         build: returns the ART attack for (classifier, eps in levels, batch_size, seed, further settings).
         title: its name in tables and figures.
-        cost: gradients it computes per image, or a function that returns them for eps in levels.
+        cost: gradients it computes per image, or a function that returns them for eps in levels. A query without one
+            counts for 0.4.
         sees_classifier: whether its images depend on the classifier.
         uses_eps: whether its images depend on eps. If not, the same images are clipped to each ball afterwards.
         true_labels: whether it is given the true labels; otherwise it attacks the classifier's own predictions.
@@ -83,6 +86,18 @@ def _cw_art(classifier: Any, eps: int, batch_size: int, seed: int, **settings: A
     return CarliniLInfMethod(classifier, batch_size=batch_size, **{"verbose": False} | settings)
 
 
+def _adaptive(**defaults: Any) -> Callable[..., EvasionAttack]:
+    def build(classifier: Any, eps: int, batch_size: int, seed: int, **settings: Any) -> EvasionAttack:
+        settings = {"round_to_levels": True} | defaults | settings
+        return AdaptivePGD(classifier, eps=eps * level(classifier), batch_size=batch_size, seed=seed, **settings)
+
+    return build
+
+
+def _square(classifier: Any, eps: int, batch_size: int, seed: int, **settings: Any) -> EvasionAttack:
+    return Square(classifier, eps=eps * level(classifier), batch_size=batch_size, seed=seed, **settings)
+
+
 # The costs of DeepFool and CW are means over Fashion-MNIST images and an undefended ResNet-62.
 ATTACKS: dict[str, Attack] = {
     "rand": Attack(_rand, "RAND", cost=0, sees_classifier=False),
@@ -100,6 +115,22 @@ ATTACKS: dict[str, Attack] = {
     "cw-art": Attack(
         _cw_art, "CW (ART)", cost=3000, uses_eps=False, true_labels=True,
         note="ART's CarliniLInfMethod with its own defaults",
+    ),
+    "apgd": Attack(
+        _adaptive(loss="ce"), "APGD", cost=51, true_labels=True,
+        note="AdaptivePGD on the cross-entropy, best image of 50 steps",
+    ),
+    "apgd-margin": Attack(
+        _adaptive(loss="margin"), "APGD, margin", cost=51, true_labels=True,
+        note="AdaptivePGD on the margin, best image of 50 steps",
+    ),
+    "apgd-targets": Attack(
+        _adaptive(loss="dlr", targets=3), "APGD, targets", cost=153, true_labels=True,
+        note="AdaptivePGD on the DLR loss towards each of the 3 most likely other classes, best image of 50 steps each",
+    ),
+    "square": Attack(
+        _square, "Square", cost=400, true_labels=True,
+        note="1,000 queries without gradients, margins averaged over draws of a random defence",
     ),
 }  # fmt: skip
 PAPER = ("rand", "fgsm", "bim", "deepfool", "cw")  # those of PixelDefend's tables
