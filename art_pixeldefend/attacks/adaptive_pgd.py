@@ -82,7 +82,7 @@ class AdaptivePGD(EvasionAttack):
             more than 1, and otherwise for the one forward pass that also gives the gradient.
         success_criterion: a function of (logits, labels, images), as ``loss``, that returns whether the attack is to be
             counted as successful, (M,), bool. By default: whether the image is misclassified.
-        round_to_levels: whether to attack with 8-bit images only; ``x`` must be one of them.
+        round_to_levels: whether to attack with 8-bit images only, within ``eps`` of ``x`` rounded to 8 bits.
         seed: of the random numbers; None for a new one at every call.
         batch_size: most images, times draws, that the classifier gets at a time.
         verbose: show a progress bar.
@@ -158,9 +158,6 @@ class AdaptivePGD(EvasionAttack):
         Args:
             x: images (N, ...) within the clip values.
             y: labels to get away from, class numbers (N,) or one-hot; by default the classifier's own predictions.
-
-        Raises:
-            ValueError: naming ``x``, if ``round_to_levels`` is set and they are not 8-bit images.
         """
         x = x.astype(ART_NUMPY_DTYPE)
         search = _Search(self, x, labels_of(self.estimator, x, y, self.batch_size))
@@ -317,26 +314,17 @@ class _Search:
         return (nearest.clamp(0, TOP) / TOP).to(z.dtype)
 
     def _to_unit(self, x: np.ndarray) -> Tensor:
-        """Images of the estimator's range in [0, 1].
-
-        Raises:
-            ValueError: naming ``x``, if 8-bit images are wanted and they are not.
-        """
+        """Images of the estimator's range in [0, 1], rounded to 8 bits if wanted."""
         if self.attack.round_to_levels:
-            levels = to_levels(x, (self.low, self.high))
-            difference = np.abs(from_levels(levels, (self.low, self.high)) - x).max(initial=0)
-            if difference > 1e-3 * (self.high - self.low) / TOP:
-                raise ValueError("x must hold 8-bit images if round_to_levels is set")
-            return from_levels(torch.from_numpy(levels).to(self.y.device))
+            return from_levels(torch.from_numpy(to_levels(x, (self.low, self.high))).to(self.y.device))
         return torch.from_numpy((x - self.low) / (self.high - self.low)).to(self.y.device, torch.float32)
 
     def _from_unit(self, unit: Tensor) -> np.ndarray:
-        """Images in the estimator's range; those that were not changed are exactly the input."""
+        """Images in the estimator's range; those that were not changed are exactly the input, unless rounded."""
         clip_values = self.low, self.high
         if self.attack.round_to_levels:
-            attacked = from_levels(to_levels(unit).cpu().numpy(), clip_values, self.given.dtype)
-        else:
-            attacked = (unit.cpu().numpy() * (self.high - self.low) + self.low).astype(self.given.dtype)
+            return from_levels(to_levels(unit).cpu().numpy(), clip_values, self.given.dtype)
+        attacked = (unit.cpu().numpy() * (self.high - self.low) + self.low).astype(self.given.dtype)
         unchanged = (unit == self.x).flatten(1).all(1).cpu().numpy()
         attacked[unchanged] = self.given[unchanged]
         return np.clip(attacked, *clip_values)

@@ -336,9 +336,14 @@ def test_errors_name_the_argument(arguments):
         AdaptivePGD(classifier(), **arguments)
 
 
-def test_images_off_the_grid_are_refused_where_8_bit_images_are_asked_for():
-    with pytest.raises(ValueError, match=r"^x must hold 8-bit images"):
-        AdaptivePGD(classifier(), round_to_levels=True, steps=1).generate(images() * 0.999)
+def test_images_off_the_grid_are_rounded_first_where_8_bit_images_are_asked_for():
+    estimator, x = classifier(), images()
+    y = labels(estimator, x)
+    exact, off = (
+        AdaptivePGD(estimator, eps=4 / 255, round_to_levels=True, steps=5, seed=0).generate(given, y)
+        for given in (x, np.clip(x + 0.4 / 255, 0, 1))
+    )
+    assert np.array_equal(exact, off)
 
 
 def test_a_gradient_that_a_purifier_does_not_support_is_refused():
