@@ -82,6 +82,7 @@ def p_value_histograms(
     before: Mapping[str, np.ndarray],
     after: Mapping[str, np.ndarray] | None = None,
     bins: int = 50,
+    columns: int = 3,
 ) -> None:
     """Draw a histogram of p-values for each kind of image, before and after purification (Figures 3 and 7).
 
@@ -90,8 +91,9 @@ def p_value_histograms(
         before: p-values (N,) by the name of the attack, "clean" among them.
         after: p-values of the same images purified, by the same names; some names may be missing.
         bins: number of bins in the unit interval.
+        columns: panels side by side.
     """
-    figure, axes = _panels(len(before))
+    figure, axes = _panels(len(before), columns)
     for (name, values), ax in zip(before.items(), axes, strict=True):
         ax.hist(values, bins=bins, range=(0, 1), density=True, color="#4477aa", alpha=0.75, label="not purified")
         if after is not None and name in after:
@@ -107,7 +109,10 @@ def p_value_histograms(
             )
         ax.axhline(1, color="black", lw=0.8, ls=":", label="uniform")
         ax.set(title=name, xlabel="p-value", ylabel="density", xlim=(0, 1))
-    axes[0].legend(fontsize=8)
+    top = 1.05 * max(ax.get_ylim()[1] for ax in axes)
+    for ax in axes:  # the same scale, so that panels compare
+        ax.set_ylim(0, top)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     _save(figure, path)
 
 
@@ -116,6 +121,7 @@ def roc_curves(
     negatives: np.ndarray,
     before: Mapping[str, np.ndarray],
     after: Mapping[str, np.ndarray] | None = None,
+    title: str = "attacked images",
 ) -> dict[str, float]:
     """Draw ROC curves of detecting attacked images by their low scores, with the area under each (Figure 6).
 
@@ -124,20 +130,22 @@ def roc_curves(
         negatives: scores (M,) of images that were not attacked; log-likelihoods or p-values.
         before: scores (N,) of attacked images by the attack's name.
         after: scores of the same images purified; drawn in a second panel.
+        title: of the first panel.
 
     Returns:
         The areas of ``before`` by name.
     """
-    panels = {"attacked images": before} | ({"the same, purified": after} if after is not None else {})
-    figure, axes = _panels(len(panels), columns=2, width=4.2, height=3.9)
-    for (title, scores), ax in zip(panels.items(), axes, strict=True):
-        for name, positives in scores.items():
+    panels = {title: before} | ({"the same, purified": after} if after is not None else {})
+    figure, axes = _panels(len(panels), columns=2, width=4.2, height=4.5)
+    for (shown, scores), ax in zip(panels.items(), axes, strict=True):
+        widths = np.linspace(1.2 + 1.1 * (len(scores) - 1), 1.2, len(scores))  # so that equal curves show side by side
+        for (name, positives), width in zip(scores.items(), widths, strict=True):
             false_positives, true_positives, _ = roc_curve(*_labelled(negatives, positives))
             label = f"{name} ({auroc(negatives, positives):.2f})"
-            ax.plot(false_positives, true_positives, lw=1.4, label=label)
+            ax.plot(false_positives, true_positives, lw=width, label=label)
         ax.plot([0, 1], [0, 1], color="grey", lw=0.8, ls=":")
-        ax.set(title=title, xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
-        ax.legend(title="attack (area)", fontsize=8, loc="lower right")
+        ax.set(title=shown, xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
+        ax.legend(title="attack (area)", fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     _save(figure, path)
     return {name: auroc(negatives, positives) for name, positives in before.items()}
 

@@ -60,6 +60,24 @@ def test_histograms_are_densities_with_outlines_where_images_were_purified(tmp_p
     assert outline[:, 1].max() == pytest.approx(np.histogram(purified, 5, (0, 1))[0].max() / 50 * 5)
 
 
+def test_histograms_share_one_scale_and_one_legend(tmp_path, drawn):
+    values = {"clean": RNG.random(200), "bim": RNG.random(200) ** 9}
+    figures.p_value_histograms(tmp_path / "p.png", values, values, bins=10, columns=1)
+    limits = [ax.get_ylim() for ax in drawn[0].axes]
+    assert limits[0] == limits[1] and limits[0][1] > max(bar.get_height() for bar in drawn[0].axes[1].patches[:10])
+    assert len(drawn[0].legends) == 1 and not any(ax.get_legend() for ax in drawn[0].axes)
+
+
+def test_equal_roc_curves_are_all_visible_and_no_legend_covers_them(tmp_path, drawn):
+    clean, attacked = RNG.random(50), RNG.random(50) / 2
+    figures.roc_curves(tmp_path / "roc.png", clean, dict.fromkeys(("rand", "fgsm", "bim"), attacked))
+    ax = drawn[0].axes[0]
+    widths = [line.get_linewidth() for line in ax.lines[:3]]
+    assert widths == sorted(widths, reverse=True) and len(set(widths)) == 3  # each is seen beside the next
+    drawn[0].draw_without_rendering()
+    assert ax.get_legend().get_window_extent().y1 < ax.get_window_extent().y0
+
+
 def test_a_path_without_ending_gives_png_and_pdf(tmp_path, drawn):
     figures.likelihood_densities(tmp_path / "densities", {"clean": RNG.normal(3, 0.3, 40)})
     with Image.open(tmp_path / "densities.png") as image:
