@@ -1,5 +1,7 @@
-"""The scripts in examples/ run."""
+"""The scripts and notebooks in examples/ run."""
 
+import json
+import re
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,8 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from art.estimators.classification import PyTorchClassifier
+from matplotlib import pyplot as plt
 from PIL import Image
 from torch import nn
+
+from art_pixeldefend.evaluation.stages import seeded
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -17,6 +22,60 @@ def test_the_readmes_picture_can_be_drawn(fashion_mnist, tmp_path):
     script = runpy.run_path(str(EXAMPLES / "purified_images.py"))
     script["main"](tmp_path / "picture.png", epochs=1, training_images=500, shown=2)
     assert Image.open(tmp_path / "picture.png").format == "PNG"
+
+
+def script(name):
+    return SimpleNamespace(**runpy.run_path(str(EXAMPLES / f"{name}.py")))
+
+
+def test_a_network_in_plain_pytorch_is_defended_and_attacked():
+    with seeded(0):
+        results = script("plain_pytorch").main(epochs=10, images=40, steps=5)
+    assert results["undefended, clean"] > 0.9 and results["undefended, attacked"] < 0.3
+    assert results["purified, blind attack"] > results["undefended, attacked"] + 0.3
+
+
+def test_an_estimator_of_numpy_arrays_is_defended():
+    results = script("scikit_learn").main(images=60)
+    assert results["purified, clean"] > 0.9
+    assert results["purified, attacked"] > results["undefended, attacked"] + 0.2
+
+
+def test_a_model_is_trained_on_a_folder_and_purifies_and_detects(tmp_path):
+    example = script("own_images")
+    (tmp_path / "images").mkdir(), (tmp_path / "out").mkdir()
+    example.write_digits(tmp_path / "images", 250)
+    p_values = example.main(tmp_path / "images", tmp_path / "out", steps=2, filters=4)
+    assert len(p_values) == 25 and ((p_values > 0) & (p_values <= 1)).all()
+    assert len(list((tmp_path / "out").glob("purified-*.png"))) == 10
+
+
+def test_a_leaderboard_entry_is_made():
+    pytest.importorskip("pyautoattack")
+    with seeded(0):
+        entry = script("robustbench_style").main(images=4, steps=2, draws=1, runs=1)
+    assert json.loads(json.dumps(entry))["images"] == 4 and entry["autoattack_acc"] <= entry["clean_acc"] <= 100
+
+
+NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_run_with_few_images(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plt, "show", plt.close)
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    code, changed = re.subn(r"^IMAGES = \d+$", "IMAGES = 6", "\n".join("".join(c["source"]) for c in cells), flags=re.M)
+    assert changed == 1
+    with seeded(0):
+        exec(code, {})
+
+
+def test_notebooks_are_small_and_hold_no_outputs():
+    assert len(NOTEBOOKS) == 3
+    for path in NOTEBOOKS:
+        assert path.stat().st_size < 20_000
+        assert not any(cell.get("outputs") for cell in json.loads(path.read_text())["cells"])
 
 
 @pytest.fixture
