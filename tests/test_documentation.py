@@ -1,8 +1,10 @@
-"""What the README shows works as written."""
+"""What the README and the documentation site show works as written."""
 
 import csv
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +12,17 @@ import pytest
 import typer
 
 from art_pixeldefend import cli
+from art_pixeldefend.evaluation.stages import seeded
 from art_pixeldefend.models import zoo
 
 README = Path(__file__).parents[1] / "README.md"
+DOCS = README.parent / "docs"
+PAGES = sorted(path for path in DOCS.rglob("*.md") if path.relative_to(DOCS).parts[0] not in ("_build", "_generated"))
+SHELL = re.compile("python3 -m venv|pip install|pytest")  # what else a block of shell code may hold
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
+def blocks(language, page=README):
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
 def test_python_examples_print_what_they_show(capsys):
@@ -39,8 +45,23 @@ def test_python_examples_print_what_they_show(capsys):
     assert names["is_adversarial"].mean() > 0.9 and names["report"]["p_values"].shape == (len(x),)
 
 
-def test_every_python_and_shell_block_is_tested():
-    assert set(re.findall(r"^```(.+)$", README.read_text(), re.MULTILINE)) == {"sh", "python"}
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)
+def test_every_block_of_code_is_tested(page):
+    text = page.read_text()
+    assert set(re.findall(r"^```([^{\n]+)$", text, re.MULTILINE)) <= {"sh", "python"}
+    outside = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    assert not re.search(r"^    \S", outside, re.MULTILINE)  # nothing is code by its indentation
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks("python", page)], ids=lambda page: page.stem)
+def test_python_blocks_of_the_site_run(page, tmp_path, monkeypatch):
+    """One after the other, with the names of those before."""
+    code = "\n".join(blocks("python", page))
+    for package in re.findall(r"^(?:import|from) (pyautoattack|foolbox|torchattacks)\b", code, re.MULTILINE):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    with seeded(0):
+        exec(code, {})
 
 
 def test_the_readme_is_short():
@@ -94,24 +115,44 @@ def test_the_two_commands_come_first_one_a_line():
     assert "art-pixeldefend demo" in demo and tests.endswith("pytest")
 
 
-COMMANDS = [line for block in blocks("sh")[1:] for line in block.splitlines()]
+COMMANDS = [
+    line
+    for page in [README, *PAGES]
+    for block in blocks("sh", page)
+    for line in block.splitlines()
+    if not SHELL.match(line)
+]
 
 
 def parsed(line):
     """Whether a command line is understood: all its options, their values, and nothing missing."""
-    program, name, *arguments = shlex.split(line)
+    program, *words = shlex.split(line)
+    if program == "torchrun":
+        program, *words = words[words.index("-m") + 1 :]
+    name, *arguments = words
     command = typer.main.get_command(cli.app).commands[name]
-    return program == "art-pixeldefend" and command.make_context(name, arguments)
+    return program in ("art-pixeldefend", "art_pixeldefend") and command.make_context(name, arguments)
 
 
-@pytest.mark.parametrize("line", COMMANDS)
+@pytest.mark.parametrize("line", sorted(set(COMMANDS)))
 def test_commands_are_understood_as_they_are_shown(line):
     assert parsed(line)
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if "--model " in line])
+@pytest.mark.parametrize("line", sorted({line for line in COMMANDS if "--model " in line})[:3])
 @pytest.mark.parametrize("wrong", ["--mod ", "--models ", ""])
 def test_commands_with_another_option_would_not_be_understood(line, wrong):
     with pytest.raises(Exception) as refused:
         parsed(line.replace("--model ", wrong))
     assert refused.value.exit_code == 2
+
+
+def test_the_site_builds_without_a_broken_link(tmp_path):
+    """Every reference leads somewhere, and every name in a docstring's reference exists."""
+    for package in ("sphinx", "myst_parser", "furo"):
+        pytest.importorskip(package)
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", "-b", "html", DOCS, tmp_path / "site"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    page = (tmp_path / "site" / "defences" / "score-purifier.html").read_text()
+    assert "ScorePurifier</span>" in page and "<table" in page  # the measured numbers
