@@ -152,15 +152,24 @@ class AdaptivePGD(EvasionAttack):
         self.round_to_levels, self.seed, self.batch_size, self.verbose = round_to_levels, seed, batch_size, verbose
         self._check_params()
 
-    def generate(self, x: np.ndarray, y: np.ndarray | None = None, **kwargs: Any) -> np.ndarray:
+    def generate(
+        self, x: np.ndarray, y: np.ndarray | None = None, *, start: np.ndarray | None = None, **kwargs: Any
+    ) -> np.ndarray:
         """Attack images; of an image that is never misclassified the one with the largest margin is returned.
 
         Args:
             x: images (N, ...) within the clip values.
             y: labels to get away from, class numbers (N,) or one-hot; by default the classifier's own predictions.
+            start: images (N, ...) from which the first restart begins, such as those that fool the classifier without
+                its purifiers, moved into the balls; by default random ones, as in all other restarts.
+
+        Raises:
+            ValueError: naming ``start``, if it is not of the shape of ``x``.
         """
         x = x.astype(ART_NUMPY_DTYPE)
-        search = _Search(self, x, labels_of(self.estimator, x, y, self.batch_size))
+        if start is not None and np.shape(start) != x.shape:
+            raise ValueError(f"start must have the shape of x, {x.shape}, got {np.shape(start)}")
+        search = _Search(self, x, labels_of(self.estimator, x, y, self.batch_size), start)
         evaluator = search.evaluator
         with frozen(self.estimator), backward_pass(evaluator.purifiers, self.gradient):
             attacked = search.run()
@@ -204,10 +213,11 @@ class AdaptivePGD(EvasionAttack):
 class _Search:
     """One call of ``generate``: images in [0, 1], the best of them so far, and what was counted on the way."""
 
-    def __init__(self, attack: AdaptivePGD, x: np.ndarray, y: Tensor) -> None:
+    def __init__(self, attack: AdaptivePGD, x: np.ndarray, y: Tensor, start: np.ndarray | None) -> None:
         self.attack, self.y, self.given = attack, y, x
         self.low, self.high = scalar_clip_values(attack.estimator)
         self.x = self._to_unit(x)
+        self.start = None if start is None else self._to_unit(np.asarray(start, np.float32))
         self.evaluator = Evaluator(
             attack.estimator, y, attack.seed, attack.batch_size, attack.loss, attack.success_criterion
         )
@@ -282,8 +292,10 @@ class _Search:
         self.fallen_at[index[(found.rate > 0.5) & (self.fallen_at[index] < 0)]] = steps
 
     def _start(self, index: Tensor, run: int) -> Tensor:
-        """Random images in the ball, (M, ...)."""
+        """The points of the ball, (M, ...), at which a run begins."""
         x = self.x[index]
+        if self.start is not None and run < max(self.attack.targets, 1):
+            return projected(self.start[index], x, self.eps, self.attack.norm)
         noise = np.empty(x.shape, np.float32)
         for row, place in zip(noise, index.tolist(), strict=True):
             rng = np.random.default_rng([self.evaluator.seed, place, run])

@@ -209,6 +209,26 @@ def test_an_attacker_who_knows_the_seed_sees_the_draws_of_prediction():
     assert np.array_equal(labels(estimator, attacked) != y, attack.success)
 
 
+@pytest.mark.parametrize("targets", [0, 2])
+def test_the_first_restart_begins_at_the_given_images(targets):
+    estimator, x = classifier(), images(20)
+    y = labels(estimator, x)
+    settings = {"eps": 0.04, "steps": 5, "seed": 0, "targets": targets}
+    start = np.clip(x + np.random.default_rng(0).uniform(-0.1, 0.1, x.shape), 0, 1).astype(np.float32)
+    attack = AdaptivePGD(estimator, restarts=2, loss="margin", **settings)
+    attack.generate(x, y, start=start)
+    logits = torch.from_numpy(estimator.predict(np.clip(start, x - 0.04, x + 0.04)))
+    ranked = torch.from_numpy(estimator.predict(x)).scatter(1, torch.from_numpy(y)[:, None], -torch.inf)
+    for run in range(2 * max(targets, 1)):
+        towards = ranked.topk(2).indices[:, run % 2] if targets else None
+        expected = losses.margin(logits, torch.from_numpy(y), towards).numpy()
+        found, standing = attack.losses[run, 0], ~np.isnan(attack.losses[run, 0])
+        assert standing.any()
+        assert np.allclose(found[standing], expected[standing], atol=1e-5) == (run < max(targets, 1))
+    with pytest.raises(ValueError, match="start must have the shape of x"):
+        attack.generate(x, y, start=start[:3])
+
+
 def test_misclassified_images_are_returned_as_they_are_and_not_attacked():
     estimator, x = classifier(), images()
     y = labels(estimator, x)
