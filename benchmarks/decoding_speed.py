@@ -6,7 +6,6 @@ slow both alike; the result is the median of the rounds' ratios. Every purified 
 
     python benchmarks/decoding_speed.py --filters 40 --resnets 5 --batch 1 256
     python benchmarks/decoding_speed.py --image-shape 3 32 32 --filters 64 --resnets 3 --batch 1 64
-    python benchmarks/decoding_speed.py --scaling
 """
 
 from __future__ import annotations
@@ -29,8 +28,6 @@ from art_pixeldefend import PixelCNNpp, datasets, greedy_decode
 from art_pixeldefend.models.pixelcnnpp.decoders import ENGINES, certify, choose_engine
 from art_pixeldefend.models.zoo import as_model
 
-SIZES, BATCHES = (8, 16, 28, 32, 64), (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-
 
 def arguments() -> argparse.Namespace:
     """Read the command line."""
@@ -48,8 +45,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bf16", action="store_true", help="decode in bfloat16 (not exact)")
-    parser.add_argument("--scaling", action="store_true", help="vary image size and batch size, and plot the times")
-    parser.add_argument("--output", type=Path, help="JSON file; --scaling writes a PNG of the same name")
+    parser.add_argument("--output", type=Path, help="JSON file")
     return parser.parse_args()
 
 
@@ -177,53 +173,14 @@ def report(rows: list[dict[str, Any]]) -> None:
         )
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Plot milliseconds per image against the number of pixels and against the batch size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
-    for axis, group, key, label in (
-        (left, [r for r in rows if r["varies"] == "size"], lambda r: r["image_shape"][1] ** 2, "pixels"),
-        (right, [r for r in rows if r["varies"] == "batch"], lambda r: r["batch"], "images in the batch"),
-    ):
-        times = [1000 * r["seconds"] / r["batch"] for r in group]
-        forwards = [1000 * r["forward_seconds"] / r["batch"] for r in group]
-        axis.plot([key(r) for r in group], times, "o-", label=f"decoding ({group[0]['engine']})")
-        axis.plot([key(r) for r in group], forwards, "s--", color="0.5", label="one forward pass")
-        axis.set(xscale="log", yscale="log", xlabel=label, ylabel="milliseconds per image")
-        axis.grid(alpha=0.3, which="both")
-    left.set_title(f"batch {next(r['batch'] for r in rows if r['varies'] == 'size')}", fontsize=10)
-    right.set_title("28 x 28", fontsize=10)
-    left.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
-
-
-def scaling(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure several image sizes at one batch size, then several batch sizes at 28 x 28."""
-    rows = []
-    for varies, shape, batch in [("size", (1, size, size), options.batch[0]) for size in SIZES] + [
-        ("batch", (1, 28, 28), batch) for batch in BATCHES
-    ]:
-        found = measure(options, make_model(options, shape), batch)
-        report(found)
-        rows += [r | {"varies": varies} for r in found]
-    return rows
-
-
 def main() -> None:
     """Measure, print and write."""
     options = arguments()
     torch.set_num_threads(options.threads)
-    if options.scaling:
-        rows = scaling(options)
-    else:
-        model, rows = make_model(options, tuple(options.image_shape)), []
-        for batch in options.batch:
-            rows += measure(options, model, batch)
-            report(rows[-len(options.method) :])
+    model, rows = make_model(options, tuple(options.image_shape)), []
+    for batch in options.batch:
+        rows += measure(options, model, batch)
+        report(rows[-len(options.method) :])
     result = {
         "command": command("decoding_speed.py"),
         **conditions(torch.device(options.device)),
@@ -232,8 +189,6 @@ def main() -> None:
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(result, indent=1) + "\n")
-        if options.scaling:
-            plot(rows, options.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":
