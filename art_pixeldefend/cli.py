@@ -509,6 +509,66 @@ def sample(
     typer.echo(f"{count} samples in {out}")
 
 
+@app.command(
+    epilog=_examples(
+        "evaluate fashion-mnist-500 --classifier fashion-mnist-resnet",
+        "evaluate x.npz --classifier net.pt --defence DeepImagePrior",
+        "evaluate digits --classifier mine:Net --weights w.safetensors",
+    )
+)
+def evaluate(
+    data: Data,
+    classifier: Annotated[
+        str,
+        typer.Option(help="a bundled classifier, a TorchScript file, or MODULE:FUNCTION: [0, 1] images to logits"),
+    ],
+    weights: Annotated[
+        Path | None, typer.Option(help="state_dict of MODULE:FUNCTION, a .safetensors file", dir_okay=False)
+    ] = None,
+    defence: Annotated[str, typer.Option(help="none, a purifier of this package, or an ART class's path")] = "none",
+    option: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE, an argument of the defence, as JSON or text")
+    ] = None,
+    eps: Annotated[float, typer.Option(help="radius: levels of 255 for Linf, or in the range 0..1 for L2")] = 8,
+    norm: Annotated[str, typer.Option(help="Linf or L2")] = "Linf",
+    budget: Annotated[str, typer.Option(help="quick for development; standard or full to report")] = "quick",
+    images: Annotated[int, typer.Option(help="test images, from the first on")] = 100,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the result", dir_okay=False)] = None,
+    folder: Annotated[Path | None, typer.Option(help="keeps finished attacks, so that a stopped run continues")] = None,
+    seed: Annotated[int, typer.Option(help="of everything random")] = 0,
+    data_dir: DataDir = None,
+    batch_size: BatchSize = 256,
+    overwrite: Overwrite = False,
+    verbose: Verbose = True,
+) -> None:
+    """Attack a classifier behind a defence, print the accuracy that is left, and what it cannot claim."""
+    from art_pixeldefend import classifiers, datasets, purifiers
+    from art_pixeldefend.evaluation import evaluate_robustness
+    from art_pixeldefend.evaluation.preprocessors import preprocessor
+    from art_pixeldefend.files import check_file
+    from art_pixeldefend.levels import UNIT, from_levels
+    from art_pixeldefend.validation import check_count
+
+    if out:
+        check_file(out, overwrite=overwrite)
+    check_count("images", images)
+    with _argument("DATA"):
+        found = datasets.load(data, data_dir)
+    x, y = from_levels(found.x_test[:images], UNIT), found.y_test[:images]
+    model = classifiers.load_module(classifier, weights)
+    path = f"{purifiers.__name__}.{defence}" if defence in purifiers.__all__ else defence
+    purifier = None if defence == "none" else preprocessor([(path, _assignments(option))])
+    train = found.x_train[:1000]
+    result = evaluate_robustness(
+        model, purifier, x, y, eps=eps / 255 if norm == "Linf" else eps, norm=norm, budget=budget, folder=folder,
+        surrogate_images=from_levels(train, UNIT) if len(train) else None, seed=seed, batch_size=batch_size,
+        verbose=verbose,
+    )  # fmt: skip
+    if out:
+        result.save(out)
+    _summarise(str(result), out)
+
+
 @app.command(epilog=_examples("demo", "demo --data digits --out digits --seed 1"))
 def demo(
     out: Annotated[Path, typer.Option(help="folder for report.html and results.json")] = Path("demo"),
@@ -591,6 +651,23 @@ def _model_options(model_class: type[ImageModel], given: dict, assignments: list
     for name in given:
         if name not in known:
             raise ValueError(f"{name} is not an option of {model_class.kind} models; they have {', '.join(known)}")
+    return given
+
+
+def _assignments(texts: list[str] | None) -> dict[str, Any]:
+    """Arguments from NAME=VALUE texts; what is not JSON is text, lists are tuples."""
+    import json
+
+    given = {}
+    for text in texts or ():
+        name, found, value = text.partition("=")
+        if not found:
+            raise ValueError(f"--set must be NAME=VALUE, got {text!r}")
+        try:
+            parsed = json.loads(value)
+        except json.JSONDecodeError:
+            parsed = value
+        given[name.replace("-", "_")] = tuple(parsed) if isinstance(parsed, list) else parsed
     return given
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import typer
 from art.attacks.attack import EvasionAttack
 from art.estimators.classification import PyTorchClassifier
@@ -49,7 +48,11 @@ def main(
     images = datasets.load(data, data_dir)
     x, y = images.x_test[:limit].astype(np.float32) / 255, images.y_test[:limit]
     estimator = PyTorchClassifier(
-        load(classifier).eval(), nn.CrossEntropyLoss(), images.image_shape, len(images.classes), clip_values=UNIT
+        classifiers.load_module(classifier),
+        nn.CrossEntropyLoss(),
+        images.image_shape,
+        len(images.classes),
+        clip_values=UNIT,
     )
     labels = (
         np.eye(len(images.classes), dtype=np.float32)[y] if attack in ATTACKS and ATTACKS[attack].true_labels else None
@@ -77,24 +80,6 @@ def line(
     low, high = wilson(right[1], len(y))
     accuracies = " | ".join(f"{100 * r / len(y):.1f}" for r in right)
     return f"| {name} | {accuracies} | {100 * low:.1f} to {100 * high:.1f} | {1000 * seconds:.1f} |"
-
-
-def load(source: str) -> nn.Module:
-    """Load the classifier; nothing is unpickled.
-
-    Raises:
-        ValueError: if ``source`` is none of the three kinds.
-    """
-    if source.endswith(".safetensors"):
-        return classifiers.load(source)
-    if Path(source).is_file():
-        return torch.jit.load(source, map_location="cpu")
-    module, _, function = source.partition(":")
-    if not function:
-        raise ValueError(
-            f"classifier must be a TorchScript file, a .safetensors file or module:function, got {source!r}"
-        )
-    return getattr(importlib.import_module(module), function)()
 
 
 def attack_of(name: str, estimator: PyTorchClassifier, eps: int, arguments: dict[str, Any]) -> EvasionAttack:

@@ -1,4 +1,5 @@
 import csv
+import json
 import os
 import re
 import shlex
@@ -10,6 +11,7 @@ import pytest
 import torch
 import typer
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import art_pixeldefend.detectors  # binds as_model before a test replaces it
@@ -540,3 +542,54 @@ def test_calibrate_reports_on_one_page_and_writes_what_detect_reads(images, digi
                       "--overwrite", "--quiet")  # fmt: skip
     assert "too few images to measure" in output and "too few for 0.01, 0.05." in page.read_text()
     assert "at least 19 images" in fails("calibrate", images, "--model", "digits", "--out", tmp_path / "x", "--quiet")
+
+
+@pytest.fixture
+def torchscript(tmp_path):
+    """A linear classifier of digits as a TorchScript file."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    torch.jit.script(model).save(tmp_path / "model.pt")
+    return tmp_path / "model.pt"
+
+
+def test_a_torchscript_classifier_behind_a_defence_is_evaluated(torchscript, tmp_path):
+    defence = ("--defence", "ScoreDenoiser", "--set", "model=digits-score", "--set", "sigma=0.1")
+    shown = succeeds(
+        "evaluate", "digits", "--classifier", torchscript, *defence, "--images", 4, "--out", tmp_path / "r.json"
+    )
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert [attack["name"] for attack in found["attacks"]] == ["clean", "blind", "transfer", "BPDA", "exact", "Square"]
+    assert "worst case" in shown and "8/255 (Linf)" in shown and "ScoreDenoiser" in shown
+    assert "exists" in fails("evaluate", "digits", "--classifier", torchscript, "--out", tmp_path / "r.json")
+
+
+def test_a_state_dict_and_an_import_path_are_evaluated(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    with torch.no_grad():
+        model[1].weight.zero_(), model[1].bias.copy_(torch.arange(10.0))  # always nine
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    arguments = ("--classifier", "mine:net", "--weights", tmp_path / "w.safetensors", "--images", 30)
+    shown = succeeds("evaluate", "digits", *arguments)
+    nines = 100 * (datasets.load("digits").y_test[:30] == 9).mean()
+    assert f"| clean |  | {nines:.1f} |" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (("--classifier", "nothing"), "neither a file nor one of fashion-mnist-resnet"),
+        (("--classifier", "no.module:f"), "no.module"),
+        (("--classifier", "torch.nn:Identity", "--defence", "Nothing"), "'Nothing' cannot be imported"),
+        (("--classifier", "torch.nn:Identity", "--budget", "huge"), "--budget must be one of"),
+        (("--classifier", "torch.nn:Identity", "--defence", "PixelDefend", "--set", "eps"), "--set must be NAME=VALUE"),
+        (("--classifier", "torch.nn:Flatten", "--norm", "L7"), "--norm must be"),
+        (("--classifier", "torch.nn:Flatten", "--images", "0"), "--images must be"),
+    ],
+)
+def test_wrong_arguments_of_an_evaluation_are_named(arguments, error):
+    assert error in fails("evaluate", "digits", *arguments)

@@ -1,7 +1,7 @@
 """The paper's image classifiers and their training."""
 
 from art_pixeldefend.classifiers.manifold import ManifoldAdversarialTrainer
-from art_pixeldefend.classifiers.networks import NETWORKS, accuracy, as_art, build, load, names, save
+from art_pixeldefend.classifiers.networks import NETWORKS, accuracy, as_art, build, load, load_module, names, save
 from art_pixeldefend.classifiers.training import ADVERSARIAL, RECIPES, SMOOTHING, TECHNIQUES, Recipe, train
 from art_pixeldefend.classifiers.tuning import TUNING, PurifiedTrainer
 
@@ -19,6 +19,7 @@ __all__ = [
     "as_art",
     "build",
     "load",
+    "load_module",
     "names",
     "save",
     "train",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import numpy as np
 import torch
 from art.defences.preprocessor import Preprocessor
 from art.estimators.classification import PyTorchClassifier
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from art_pixeldefend.classifiers.layers import Network
@@ -144,4 +147,39 @@ def load(name_or_path: str | PathLike[str]) -> Network:
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"path {str(path)!r} is not a file of a classifier: {error}") from error
     model.provenance = header["provenance"]
+    return model.eval()
+
+
+def load_module(source: str, weights: str | PathLike[str] | None = None) -> nn.Module:
+    """Load a classifier of any kind, in evaluation mode: images (N, C, H, W) in [0, 1] to logits.
+
+    Args:
+        source: what :func:`load` takes; a TorchScript file; or ``"package.module:function"``, a function or class
+            without arguments that returns a module.
+        weights: a safetensors file with the module's ``state_dict``, for the last of these.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming ``classifier`` or ``weights``, if it is not as described.
+    """
+    path = Path(source)
+    if path.is_file() and path.suffix != ".safetensors":
+        try:
+            return torch.jit.load(source, map_location="cpu").eval()
+        except RuntimeError as error:
+            raise ValueError(f"classifier {source!r} is not a TorchScript file") from error
+    module, _, function = source.partition(":")
+    if not function or path.exists():
+        return load(source)
+    try:
+        model = getattr(import_module(module), function)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ValueError(f"classifier {source!r} cannot be made: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"classifier {source!r} must return a torch module, got {type(model).__name__}")
+    if weights is not None:
+        try:
+            model.load_state_dict(load_file(weights))
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"weights {str(weights)!r} do not fit: {error}") from error
     return model.eval()

@@ -140,7 +140,8 @@ def not_converged(context: Context) -> Finding:
     accuracy by 2 points.
     """
     results = context.results
-    late = {name: r.facts["fell_late"] / len(context.y) for name, r in results.items() if "fell_late" in r.facts}
+    through = {n: r for n, r in results.items() if r.threat is not None and r.threat.sees == "everything"}
+    late = {name: r.facts["fell_late"] / len(context.y) for name, r in through.items() if "fell_late" in r.facts}
     name, most = max(late.items(), key=lambda item: item[1], default=("no attack", 0.0))
     text = f"at most {100 * most:.1f} points in the second half of an attack ({name})"
     if AGAIN in results:

@@ -231,7 +231,7 @@ def evaluate_robustness(
     *,
     eps: float = 8 / 255,
     norm: str = "Linf",
-    budget: str | Sequence[Planned] = "standard",
+    budget: str | Sequence[Planned] = "quick",
     draws: int | None = None,
     eot: int | None = None,
     baseline: Evaluation | None = None,

@@ -100,7 +100,7 @@ def test_a_defence_that_fools_attacks_raises_its_alarm(defence, expected, evalua
 
 def test_a_defence_that_square_breaks_and_gradients_do_not_raises_an_alarm(evaluate, nearest_mean):
     attacks = [
-        Planned("PGD", Threat("everything", steps=10), adaptive_pgd),
+        Planned("PGD", Threat("everything", steps=10, targets=9), adaptive_pgd),
         Planned("Square", Threat("scores", steps=300), square, survivors=True),
     ]
     assert "black_box_is_stronger" in alarms(evaluate(Misleading(nearest_mean), attacks))

@@ -1,0 +1,198 @@
+"""Robust accuracy of every purifier under attacks that know it, with a normal and an adversarially trained classifier.
+
+    OMP_NUM_THREADS=1 python benchmarks/adaptive_evaluation.py --work FOLDER
+
+writes ``results/adaptive-evaluation.json`` and ``.md`` after every row. The folder keeps every finished attack, so that
+a run that was stopped continues, and ``--only`` computes some rows with other numbers of images or another budget:
+
+    OMP_NUM_THREADS=1 python benchmarks/adaptive_evaluation.py --work FOLDER --images 500 --budget standard --only none
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from art.defences.preprocessor import FeatureSqueezing, Preprocessor
+from published import RESULTS, DataDir, Work, command
+
+from art_pixeldefend import (
+    AdaptivePixelDefend,
+    DeepImagePrior,
+    ManifoldProjection,
+    PixelDefend,
+    ScoreDenoiser,
+    ScorePurifier,
+    classifiers,
+    datasets,
+)
+from art_pixeldefend.evaluation import evaluate_robustness, runner
+from art_pixeldefend.files import write_atomically
+from art_pixeldefend.levels import UNIT
+
+NORMAL, RADII = "fashion-mnist-resnet", (8, 25)
+SURROGATE_IMAGES = 1000  # of the training images
+
+
+@dataclass(frozen=True)
+class Defence:
+    """A row: a defence, and how many images it is measured on at most."""
+
+    name: str
+    make: Callable[[int], Preprocessor | None]
+    images: int | None = None
+
+
+THRESHOLDS = {8: 2.717, 25: 2.921}  # in bits/dim, of results/fashion-mnist.md
+DEFENCES = (
+    Defence("none", lambda eps: None),
+    Defence("PixelDefend, eps 32", lambda eps: PixelDefend(eps=32, pixel_cnn="fashion-mnist")),
+    Defence("ScorePurifier, one pass, sigma 0.25", lambda eps: ScorePurifier("fashion-mnist-score", 0.25)),
+    Defence("feature squeezing, 3 bits", lambda eps: FeatureSqueezing(clip_values=UNIT, bit_depth=3)),
+    Defence("ScoreDenoiser, sigma 0.1", lambda eps: ScoreDenoiser("fashion-mnist-score", 0.1)),
+    Defence(
+        "Adaptive PixelDefend, eps 32",
+        lambda eps: AdaptivePixelDefend(eps=32, pixel_cnn="fashion-mnist", threshold=THRESHOLDS[eps]),
+    ),
+    Defence("ScorePurifier, 5 steps, sigma 0.25", lambda eps: ScorePurifier("fashion-mnist-score", 0.25, steps=5), 20),
+    Defence("ManifoldProjection", lambda eps: ManifoldProjection("fashion-mnist-vae"), 20),
+    Defence("DeepImagePrior", lambda eps: DeepImagePrior(), 4),
+)
+
+
+def measure(
+    defence: Defence, classifier: str, eps: int, data: datasets.Dataset, budget: str, images: int, work: Path
+) -> dict[str, Any]:
+    """One row of the results."""
+    count = min(images, defence.images or images)
+    x, y = data.x_test[:count].astype(np.float32) / 255, data.y_test[:count]
+    purifier, network = defence.make(eps), classifiers.load(classifier)
+    rate = None
+    if purifier is not None:
+        purifier(x[:2])  # compiles what is compiled
+        began = time.process_time()
+        purifier(x)
+        rate = count / (time.process_time() - began)
+    found = evaluate_robustness(
+        network, purifier, x, y, eps=eps / 255, budget=budget, folder=work / "evaluations",
+        surrogate_images=data.x_train[:SURROGATE_IMAGES].astype(np.float32) / 255,
+    )  # fmt: skip
+    alarms = [f"{finding.name}: {finding.text}" for finding in found.diagnostics if finding.alarm]
+    row = {
+        "defence": defence.name, "classifier": classifier, "eps": eps, "images": count, "budget": budget,
+        "draws": found.draws, "purifier": found.settings["purifier"],
+        "purified_per_cpu_second": rate and round(rate, 1),
+        "seconds": round(sum(result.seconds for result in found.results.values()), 1), "alarms": alarms,
+        "date": date.today().isoformat(), "accuracy": {}, "interval": {}, "threats": {}, "right_draws": {},
+    }  # fmt: skip
+    for name, result in found.results.items():
+        row["right_draws"][name] = (result.labels == y[:, None]).sum(1).tolist()
+        if result.threat is not None:
+            row["threats"][name] = str(result.threat) + (", on what is left" if result.survivors else "")
+    for name in (*found.results, "worst case"):
+        row["accuracy"][name] = percent(found.accuracy(name))
+        row["interval"][name] = [percent(end) for end in found.interval(name)]
+    if found.draws > 1:
+        row |= {
+            rule: {name: percent(found.accuracy(name, rule)) for name in row["accuracy"]} for rule in ("worst", "vote")
+        }
+    return row
+
+
+def percent(value: float) -> float:
+    """A fraction in percent."""
+    return round(100 * value, 2)
+
+
+def table(rows: list[dict[str, Any]], eps: int) -> str:
+    """The rows of a radius as Markdown."""
+    lines = [
+        "| classifier | defence | images | clean | blind | transfer | BPDA | exact or implicit | Square | "
+        "**worst case** | 95% interval | images/s |",
+        "| --- | --- | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
+    ]
+    for row in rows:
+        if row["eps"] != eps:
+            continue
+        accuracy, low_high = row["accuracy"], row["interval"]["worst case"]
+        first = accuracy.get("BPDA", accuracy.get("PGD"))
+        second = accuracy.get("exact", accuracy.get("implicit"))
+        values = [accuracy.get("blind"), accuracy.get("transfer"), first, second, accuracy.get("Square")]
+        cells = ["" if value is None else f"{value:.1f}" for value in [accuracy["clean"], *values]]
+        kind = "normal" if row["classifier"] == NORMAL else row["classifier"].removeprefix(f"{NORMAL}-").upper()
+        images = f"{row['images']}{'' if row['budget'] == 'quick' else ', ' + row['budget']}"
+        rate = row["purified_per_cpu_second"]
+        cells = [kind, row["defence"], images, *cells, f"**{accuracy['worst case']:.1f}**"]
+        cells += [f"{low_high[0]:.1f} to {low_high[1]:.1f}", "" if rate is None else f"{rate:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def head(facts: dict[str, Any]) -> str:
+    """Above the tables."""
+    return f"""# Fashion-MNIST: purifiers under attacks that know them
+
+`{facts["command"]}`, {facts["date"]}, {facts["hardware"]}.
+Accuracy in percent on the first test images, by `evaluate_robustness`; budget "quick" unless stated otherwise. Every
+accuracy is an **upper bound**: a stronger attack may find more. *blind*: the papers' way, BIM on the classifier without
+its defence, last iterates. *transfer*: AdaptivePGD on the same. *BPDA*: AdaptivePGD through the defence, whose gradient
+is taken for the identity (for no defence: its own gradient). *exact or implicit*: with that gradient, and *Square*,
+without any; both attack what the attacks to their left leave. *worst case*: each image under the attack that is
+strongest on it, with Clopper-Pearson intervals. Of random defences an accuracy is that of a single draw, from 10 draws
+an image that the attacks do not know. *PGD-8*, *PGD-25*: the classifiers trained on PGD within 8 and 25 levels.
+*images/s*: purified in a second of CPU time of one thread.
+
+"""
+
+
+def main(
+    work: Work,
+    images: Annotated[int, typer.Option(help="test images, from the first on")] = 100,
+    budget: Annotated[str, typer.Option(help="quick, standard or full")] = "quick",
+    only: Annotated[str, typer.Option(help="comma-separated: rows whose defence begins with one of these")] = "",
+    radii: Annotated[list[int], typer.Option(help="of the attacks, in levels")] = list(RADII),  # noqa: B006
+    data_dir: DataDir = None,
+    results: Annotated[Path, typer.Option(help="folder for the table")] = RESULTS,
+) -> None:
+    """Measure the rows that are missing, and write the table after each of them."""
+    data, path = datasets.load("fashion-mnist", data_dir), work / "rows.json"
+    rows: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+    for defence in DEFENCES:
+        if not any(defence.name.startswith(word.strip()) for word in only.split(",")):
+            continue
+        for eps in radii:
+            for classifier in (NORMAL, f"{NORMAL}-pgd-{eps}"):
+                rows[f"{defence.name}, {classifier}, {eps}"] = row = measure(
+                    defence, classifier, eps, data, budget, images, work
+                )
+                print(row["defence"], classifier, eps, row["accuracy"], row["seconds"], row["alarms"], flush=True)
+                write_atomically(path, json.dumps(rows))
+                publish(list(rows.values()), results)
+
+
+def publish(rows: list[dict[str, Any]], results: Path) -> None:
+    """Write the results as JSON, a row a line, and as Markdown."""
+    order = {defence.name: i for i, defence in enumerate(DEFENCES)}
+    rows = sorted(rows, key=lambda row: (row["eps"], order[row["defence"]], row["classifier"] != NORMAL))
+    facts = {
+        "command": command("adaptive_evaluation.py"), "date": date.today().isoformat(),
+        "hardware": runner.hardware(), "versions": runner.versions(),
+    }  # fmt: skip
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    content = f'{{"facts": {json.dumps(facts, indent=1)},\n"rows": [\n{lines}\n]}}\n'
+    write_atomically(results / "adaptive-evaluation.json", content)
+    tables = "\n".join(f"## Within {eps} levels\n\n{table(rows, eps)}" for eps in RADII)
+    alarms = [f"- {r['defence']}, {r['classifier']}, {r['eps']}: {alarm}" for r in rows for alarm in r["alarms"]]
+    notes = "\n## Alarms of the diagnostics\n\n" + "\n".join(alarms or ["none"]) + "\n"
+    write_atomically(results / "adaptive-evaluation.md", head(facts) + tables + notes)
+
+
+if __name__ == "__main__":
+    typer.run(main)
