@@ -33,16 +33,16 @@ def test_python_examples_print_what_they_show(capsys):
     ]
     shown = [[float(n) for n in re.findall(r"\d+\.\d+", line)] for line in re.findall(r"^# (.*)$", code, re.MULTILINE)]
     (_, without), (clean, purified), _ = shown
-    assert without < 0.2 and purified > 0.5 and clean > 0.9
+    assert without < 0.1 and purified > 0.8 and clean > 0.85
     for printed, expected in zip(filter(None, numbers), shown, strict=True):
         assert printed == pytest.approx(
             expected, abs=0.05 if max(expected) <= 1 else 5
         )  # other processors round otherwise
-    x, white_box = names["x_test"], names["white_box"]
-    assert 0 < np.abs(white_box - x[: len(white_box)]).max() <= 40 / 255 + 1e-6
-    assert names["logits"].shape == (len(x), 10)
+    x, white_box = names["x"], names["white_box"]
+    assert 0 < np.abs(white_box - x[: len(white_box)]).max() <= 8 / 255 + 1e-6
+    assert names["logits"].shape == (20, 10)
     assert names["adaptive"].threshold > 0
-    assert names["is_adversarial"].mean() > 0.9 and names["report"]["p_values"].shape == (len(x),)
+    assert names["is_adversarial"].mean() > 0.7 and names["report"]["p_values"].shape == (len(x),)
 
 
 @pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)

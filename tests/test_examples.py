@@ -18,10 +18,10 @@ from art_pixeldefend.evaluation.stages import seeded
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def test_the_readmes_picture_can_be_drawn(fashion_mnist, tmp_path):
-    script = runpy.run_path(str(EXAMPLES / "purified_images.py"))
-    script["main"](tmp_path / "picture.png", epochs=1, training_images=500, shown=2)
-    assert Image.open(tmp_path / "picture.png").format == "PNG"
+def test_the_pictures_of_readme_and_site_can_be_drawn(tmp_path):
+    script("purified_images").main(tmp_path, shown=2)
+    for name in ("purified.png", "purifiers.png"):
+        assert Image.open(tmp_path / name).format == Image.open(EXAMPLES.parent / "docs" / "images" / name).format
 
 
 def script(name):
