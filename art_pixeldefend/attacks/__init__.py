@@ -5,6 +5,7 @@ from art_pixeldefend.attacks.auto_attack import auto_attack
 from art_pixeldefend.attacks.carlini_wagner import CarliniWagnerLInf
 from art_pixeldefend.attacks.clipped import Clipped
 from art_pixeldefend.attacks.deep_fool import DeepFoolLInf
+from art_pixeldefend.attacks.detector_aware import DetectorAware
 from art_pixeldefend.attacks.latent import LatentAttack
 from art_pixeldefend.attacks.overpowered import OverpoweredAttack, Pairs
 from art_pixeldefend.attacks.random_noise import RandomNoise
@@ -21,6 +22,7 @@ __all__ = [
     "CarliniWagnerLInf",
     "Clipped",
     "DeepFoolLInf",
+    "DetectorAware",
     "HalfNormalBIM",
     "HalfNormalFGSM",
     "LatentAttack",

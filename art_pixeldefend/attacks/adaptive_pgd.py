@@ -32,6 +32,7 @@ from art_pixeldefend.validation import check_count, check_number
 
 NORMS = ("Linf", "L2")
 SCHEDULES = ("apgd", "cosine", "constant")
+DIRECTIONS = ("sign", "gradient")
 FIRST_STEP = {"apgd": 2.0, "cosine": 0.5, "constant": 0.25}  # in radii
 SELECTION_DRAWS = 10
 
@@ -68,6 +69,8 @@ class AdaptivePGD(EvasionAttack):
             ``eps`` / 4 for ``"constant"``.
         schedule: of the step sizes. ``"apgd"`` halves an image's when its loss stops rising, and goes back to its best
             image (Auto-PGD: Croce and Hein 2020, arXiv:2003.01690); ``"cosine"`` lets them fall to 0; ``"constant"``.
+        along: direction of a step within an L-infinity ball: ``"sign"`` of the gradient, or ``"gradient"``, of which
+            the largest value is then the step size. Signs change all pixels alike, which likelihood detectors notice.
         momentum: decay of the sum of gradients that gives the direction, each divided by its L1 norm, for ``"cosine"``
             and ``"constant"``; 0 for none. Auto-PGD has its own momentum.
         loss: ``"ce"``, ``"margin"``, ``"dlr"`` (see :mod:`art_pixeldefend.attacks.losses`), or a function of (logits,
@@ -117,9 +120,9 @@ class AdaptivePGD(EvasionAttack):
     """
 
     attack_params = [
-        *EvasionAttack.attack_params, "norm", "eps", "steps", "step_size", "schedule", "momentum", "loss", "targets",
-        "restarts", "eot", "gradient", "selection_draws", "success_criterion", "round_to_levels", "seed", "batch_size",
-        "verbose",
+        *EvasionAttack.attack_params, "norm", "eps", "steps", "step_size", "schedule", "along",
+        "momentum", "loss", "targets", "restarts", "eot", "gradient", "selection_draws", "success_criterion",
+        "round_to_levels", "seed", "batch_size", "verbose",
     ]  # fmt: skip
     _estimator_requirements = (PyTorchClassifier,)
 
@@ -132,6 +135,7 @@ class AdaptivePGD(EvasionAttack):
         steps: int = 50,
         step_size: float | None = None,
         schedule: str = "apgd",
+        along: str = "sign",
         momentum: float = 0.75,
         loss: str | Loss = "ce",
         targets: int = 0,
@@ -147,6 +151,7 @@ class AdaptivePGD(EvasionAttack):
     ) -> None:
         super().__init__(estimator=estimator)
         self.norm, self.eps, self.steps, self.step_size, self.schedule = norm, eps, steps, step_size, schedule
+        self.along = along
         self.momentum, self.loss, self.targets, self.restarts, self.eot = momentum, loss, targets, restarts, eot
         self.gradient, self.selection_draws, self.success_criterion = gradient, selection_draws, success_criterion
         self.round_to_levels, self.seed, self.batch_size, self.verbose = round_to_levels, seed, batch_size, verbose
@@ -183,7 +188,7 @@ class AdaptivePGD(EvasionAttack):
 
     def _check_params(self) -> None:
         scalar_clip_values(self.estimator)
-        for name, choices in (("norm", NORMS), ("schedule", SCHEDULES)):
+        for name, choices in (("norm", NORMS), ("schedule", SCHEDULES), ("along", DIRECTIONS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name in ("steps", "restarts", "eot", "batch_size"):
@@ -377,7 +382,11 @@ class _Ascent:
 
     def _step(self, active: Tensor, direction: Tensor, size: Tensor) -> Tensor:
         x = self.x[active]
-        moved = self.z[active] + per_image(size, x) * _unit(direction, self.attack.norm)
+        if self.attack.norm == "Linf" and self.attack.along == "gradient":
+            direction = direction / per_image(direction.flatten(1).abs().amax(1), x).clamp_min(1e-30)
+        else:
+            direction = _unit(direction, self.attack.norm)
+        moved = self.z[active] + per_image(size, x) * direction
         return projected(moved, x, self.eps, self.attack.norm)
 
     def _move_apgd(self, active: Tensor, loss: Tensor, gradient: Tensor, step: int) -> None:

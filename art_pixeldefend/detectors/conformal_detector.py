@@ -282,8 +282,7 @@ class ConformalDetector(EvasionDetector):
 
         Args:
             x: images (N, C, H, W) in [0, 1], floating-point, on any device.
-            start: position of the first image in the whole input, on which stochastic scores depend.
-            seed: of stochastic scores; by default that with which :meth:`detect` scores.
+            start, seed: as for :meth:`scores_of`.
 
         Returns:
             (N,), float64, differentiable with respect to ``x`` where the scores are.
@@ -301,9 +300,42 @@ class ConformalDetector(EvasionDetector):
             >>> bool((margin > 0).all()), torch.autograd.grad(margin.sum(), x)[0].shape
             (True, torch.Size([2, 1, 8, 8]))
         """
-        self._check_fitted()
+        return self.margin_of(self.scores_of(x, start=start, seed=seed))
+
+    def scores_of(self, x: Tensor, *, start: int = 0, seed: int | None = None) -> Tensor:
+        """The scores of images, differentiable with respect to them where the scores are.
+
+        Args:
+            x: images (N, C, H, W) in [0, 1], floating-point, on any device.
+            start: position of the first image in the whole input, on which stochastic scores depend.
+            seed: of stochastic scores; by default that with which :meth:`detect` scores.
+
+        Returns:
+            (N, K), float64.
+
+        Raises:
+            ValueError: naming ``x``.
+        """
+        self._check_params()
         seed = self._call_seed(1) if seed is None else seed
-        scores = torch.stack([score(x, start=start, seed=seed).double() for score in self._scores], dim=1)
+        return torch.stack([score(x, start=start, seed=seed).double() for score in self._scores], dim=1)
+
+    def flagged_of(self, scores: np.ndarray) -> np.ndarray:
+        """Whether :meth:`detect` flags images of these scores (N, K); scores equal to calibration images' count lower.
+
+        Raises:
+            ValueError: if the detector has not been fitted.
+        """
+        self._check_fitted()
+        return self._decide(self._p_values(scores, None))[1]
+
+    def margin_of(self, scores: Tensor) -> Tensor:
+        """:meth:`margin`, of the scores (N, K) of images.
+
+        Raises:
+            ValueError: if the detector has not been fitted.
+        """
+        self._check_fitted()
         return math.log(self.alpha) - self._log_p_values(scores)
 
     def _log_p_values(self, scores: Tensor) -> Tensor:

@@ -1,0 +1,179 @@
+import numpy as np
+import pytest
+import torch
+from art.estimators.classification import PyTorchClassifier
+from torch import nn
+
+from art_pixeldefend import AdaptivePixelDefend, ConformalDetector, ScorePurifier, datasets
+from art_pixeldefend.attacks import DetectorAware, make_attack
+from art_pixeldefend.classifiers import networks
+from art_pixeldefend.detectors import DenoisingError, Likelihood, ScoreNorm
+
+EPS, COUNT = 32, 16
+
+
+@pytest.fixture(scope="module")
+def network(digits):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    x, y = torch.from_numpy(digits.x_train).float() / 255, torch.from_numpy(digits.y_train)
+    optimiser = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(150):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimiser.step()
+    return model.eval()
+
+
+def classifier(network, clip_values=(0, 1), side=8, **options):
+    options = {"clip_values": clip_values, "device_type": "cpu"} | options
+    return PyTorchClassifier(network, nn.CrossEntropyLoss(), (1, side, side), 10, **options)
+
+
+@pytest.fixture(scope="module")
+def test_images(digits):
+    return (digits.x_test[:COUNT] / 255).astype(np.float32), digits.y_test[:COUNT]
+
+
+def fitted(scores, digits, **options):
+    detector = ConformalDetector(scores, **options)
+    detector.fit((digits.x_test[COUNT:] / 255).astype(np.float32))
+    return detector
+
+
+SCORES = {
+    "score norm": lambda: ScoreNorm("digits-score", 0.1),
+    "denoising error": lambda: DenoisingError("digits-score", 0.1, runs=2),
+}
+
+
+def unnoticed(estimator, detector, attacked, y):
+    """Whether images are misclassified and not flagged."""
+    return (estimator.predict(attacked).argmax(axis=1) != y) & ~detector.detect(attacked)[1]
+
+
+def in_ball(attacked, x, eps):
+    """Whether images are 8-bit images within ``eps`` levels of others."""
+    levels = attacked * 255
+    return np.abs(levels - levels.round()).max() < 1e-3 and np.abs(attacked - x).max() <= (eps + 1e-3) / 255
+
+
+@pytest.fixture(scope="module")
+def clothes():
+    """A classifier of Fashion-MNIST, its detector by likelihood, test images and labels, and a blind attack on them."""
+    data, estimator = datasets.load("fashion-mnist-500"), classifier(networks.load("fashion-mnist-resnet"), side=28)
+    detector = ConformalDetector(Likelihood("fashion-mnist"))
+    detector.fit((data.reserve().x[:100] / 255).astype(np.float32))
+    x, y = (data.x_test[:10] / 255).astype(np.float32), data.y_test[:10]
+    return estimator, detector, x, y, make_attack("bim", estimator, 24).generate(x, y)
+
+
+def test_an_attack_that_knows_the_likelihood_beats_its_detector(clothes):
+    estimator, detector, x, y, blind = clothes
+    assert (estimator.predict(blind).argmax(axis=1) != y).all()
+    assert unnoticed(estimator, detector, blind, y).mean() <= 0.1
+    attack = DetectorAware(estimator, detector, eps=24 / 255, steps=20, methods=["orthogonal"], seed=0)
+    aware = attack.generate(x, y)
+    success = unnoticed(estimator, detector, aware, y)
+    np.testing.assert_array_equal(attack.success, success)
+    assert success.mean() >= 0.5 and in_ball(aware, x, 24)
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_an_attack_that_knows_a_score_beats_it_far_more_often_than_a_blind_one(name, network, digits, test_images):
+    estimator, detector, (x, y) = classifier(network), fitted(SCORES[name](), digits), test_images
+    blind = make_attack("bim", estimator, EPS).generate(x, y)
+    assert (estimator.predict(blind).argmax(axis=1) != y).mean() > 0.7
+    attack = DetectorAware(estimator, detector, eps=EPS / 255, steps=20, methods=["orthogonal", 1.0], seed=0)
+    aware = attack.generate(x, y)
+    success = unnoticed(estimator, detector, aware, y)
+    np.testing.assert_array_equal(attack.success, success)
+    assert success.mean() > unnoticed(estimator, detector, blind, y).mean() + 0.4 and in_ball(aware, x, EPS)
+
+
+@pytest.mark.parametrize("combine", ["bonferroni", "harmonic", "cauchy", "joint"])
+def test_a_combination_is_attacked_as_a_whole(combine, network, digits, test_images):
+    estimator, (x, y) = classifier(network), test_images
+    detector = fitted([score() for score in SCORES.values()], digits, combine=combine)
+    blind = make_attack("bim", estimator, EPS).generate(x, y)
+    attack = DetectorAware(estimator, detector, eps=EPS / 255, steps=20, methods=["selective"], seed=0)
+    aware = unnoticed(estimator, detector, attack.generate(x, y), y)
+    assert aware.mean() > unnoticed(estimator, detector, blind, y).mean() + 0.2
+
+
+def test_every_method_adds_successes_and_says_which(network, digits, test_images):
+    estimator, detector, (x, y) = classifier(network), fitted(SCORES["score norm"](), digits), test_images
+    methods = ["selective", 10.0, 0.1]
+    rates = []
+    for count in (1, 3):
+        attack = DetectorAware(estimator, detector, eps=12 / 255, steps=15, methods=methods[:count], seed=0)
+        attack.generate(x, y)
+        assert ((attack.methods_used >= 0) == attack.success).all() and attack.methods_used.max() < count
+        rates.append(attack.success.mean())
+    assert 0 < rates[0] <= rates[1]
+
+
+def test_misclassified_images_below_the_threshold_pass_adaptive_pixeldefend(clothes):
+    estimator, _, x, y, blind = clothes
+    purifier = AdaptivePixelDefend(eps=32, pixel_cnn="fashion-mnist", threshold=4.0)
+    defended = classifier(networks.load("fashion-mnist-resnet"), side=28, preprocessing_defences=[purifier])
+    likely = Likelihood("fashion-mnist")(torch.from_numpy(x)).numpy() < 3.5
+    x, y, blind = x[likely], y[likely], blind[likely]
+    assert len(x) >= 5
+    attack = DetectorAware(estimator, purifier, eps=24 / 255, steps=20, methods=["orthogonal"], seed=0)
+    attacked = attack.generate(x, y)
+    wrong = defended.predict(attacked).argmax(axis=1) != y
+    assert attack.success.sum() >= 2 and wrong[attack.success].all()
+    assert wrong.mean() > (defended.predict(blind).argmax(axis=1) != y).mean()
+
+
+def test_purification_and_detection_are_attacked_together(network, digits, test_images):
+    detector, (x, y) = fitted(SCORES["score norm"](), digits), test_images
+    estimator = classifier(network, preprocessing_defences=[ScorePurifier("digits-score", sigma=0.1, seed=0)])
+    blind = make_attack("bim", estimator, EPS).generate(x, y)
+    attack = DetectorAware(estimator, detector, eps=EPS / 255, steps=20, methods=["selective", 1.0], seed=0)
+    attacked = attack.generate(x, y)
+    assert attack.success.mean() > unnoticed(estimator, detector, blind, y).mean() + 0.1
+    np.testing.assert_array_equal(attack.success, unnoticed(estimator, detector, attacked, y))
+
+
+def test_ranges_and_layouts_give_the_same_images(network, digits, test_images):
+    detector, (x, y) = fitted(SCORES["score norm"](), digits), (part[:6] for part in test_images)
+    scaled = nn.Sequential(Scale(), network)
+    options = {"eps": 12 / 255, "steps": 5, "methods": ["selective"], "seed": 0}
+    expected = DetectorAware(classifier(network), detector, **options).generate(x, y)
+    same = DetectorAware(classifier(scaled, (0, 255)), detector, **options | {"eps": 12})
+    np.testing.assert_allclose(same.generate(x * 255, y) / 255, expected, atol=1.5 / 255)
+    assert DetectorAware(classifier(network), detector, **options).generate(x[:0], y[:0]).shape == (0, 1, 8, 8)
+
+
+class Scale(nn.Module):
+    def forward(self, x):
+        return x / 255
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"detector": "likelihood"}, {"methods": []}, {"methods": "selective"}, {"methods": ["greedy"]}, {"methods": [-1]},
+     {"eps": -1}, {"steps": 0}, {"norm": "L1"}, {"batch_size": 0}],
+)  # fmt: skip
+def test_impossible_arguments_are_refused_by_name(bad, network, digits):
+    detector = fitted(SCORES["score norm"](), digits)
+    with pytest.raises(ValueError, match=rf"^{next(iter(bad))} must"):
+        DetectorAware(classifier(network), **{"detector": detector} | bad)
+    with pytest.raises(ValueError, match=r"^detector must be fitted"):
+        DetectorAware(classifier(network), ConformalDetector(SCORES["score norm"]()))
+
+
+def test_gradient_steps_move_the_most_important_value_most(network, test_images):
+    from art_pixeldefend.attacks import AdaptivePGD
+
+    estimator, (x, y) = classifier(network), test_images
+    options = {"eps": 0.1, "steps": 1, "schedule": "constant", "step_size": 0.05, "momentum": 0}
+    change = {}
+    for along in ("sign", "gradient"):
+        attack = AdaptivePGD(estimator, along=along, **options)
+        change[along] = np.abs(attack.generate(x, y, start=x) - x).reshape(len(x), -1)
+    moved = change["gradient"].max(axis=1) > 0  # the others are wrong from the start, or worse than it
+    assert moved.any() and np.median(change["gradient"][moved]) < 0.02
+    assert change["gradient"].max() <= 0.0501 and np.median(change["sign"][change["sign"].max(axis=1) > 0]) > 0.0
