@@ -33,13 +33,14 @@ from art_pixeldefend import PixelCNNpp, datasets, greedy_decode
 from art_pixeldefend.attacks import ATTACKS, make_attack
 from art_pixeldefend.attacks.budget import bim_steps, level
 from art_pixeldefend.evaluation import runner
-from art_pixeldefend.evaluation.grid import BLIND, Cell, Row
+from art_pixeldefend.evaluation.grid import Cell, Row
 from art_pixeldefend.evaluation.paper.drawing import drawn_row
 from art_pixeldefend.evaluation.paper.grids import DENSITY_MODEL
 from art_pixeldefend.evaluation.paper.likelihoods import density_model as density_model_of
 from art_pixeldefend.evaluation.stages import Stages
 from art_pixeldefend.evaluation.store import Store
 from art_pixeldefend.evaluation.table import title
+from art_pixeldefend.evaluation.threat import BLIND
 from art_pixeldefend.files import write_atomically
 from art_pixeldefend.levels import TOP, UNIT, from_levels, to_levels
 from art_pixeldefend.models.zoo import as_model

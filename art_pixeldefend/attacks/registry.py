@@ -32,6 +32,8 @@ class Attack:
         uses_eps: whether its images depend on eps. If not, the same images are clipped to each ball afterwards.
         true_labels: whether it is given the true labels; otherwise it attacks the classifier's own predictions.
         note: a remark for the tables that show it.
+        settings: the further settings that a threat may change: of ``"eot"``, ``"restarts"``, ``"steps"``, ``"loss"``
+            and ``"targets"``.
         version: to be raised when its images change; stored images of earlier versions are then made again.
 
     Example:
@@ -47,6 +49,7 @@ class Attack:
     uses_eps: bool = True
     true_labels: bool = False
     note: str = ""
+    settings: tuple[str, ...] = ()
     version: int = 1
 
     def gradients(self, eps: int) -> int:
@@ -98,6 +101,8 @@ def _square(classifier: Any, eps: int, batch_size: int, seed: int, **settings: A
     return Square(classifier, eps=eps * level(classifier), batch_size=batch_size, seed=seed, **settings)
 
 
+ADAPTIVE = ("eot", "restarts", "steps", "loss", "targets")
+
 # The costs of DeepFool and CW are means over Fashion-MNIST images and an undefended ResNet-62.
 ATTACKS: dict[str, Attack] = {
     "rand": Attack(_rand, "RAND", cost=0, sees_classifier=False),
@@ -117,19 +122,19 @@ ATTACKS: dict[str, Attack] = {
         note="ART's CarliniLInfMethod with its own defaults",
     ),
     "apgd": Attack(
-        _adaptive(loss="ce"), "APGD", cost=51, true_labels=True,
+        _adaptive(loss="ce"), "APGD", cost=51, true_labels=True, settings=ADAPTIVE,
         note="AdaptivePGD on the cross-entropy, best image of 50 steps",
     ),
     "apgd-margin": Attack(
-        _adaptive(loss="margin"), "APGD, margin", cost=51, true_labels=True,
+        _adaptive(loss="margin"), "APGD, margin", cost=51, true_labels=True, settings=ADAPTIVE,
         note="AdaptivePGD on the margin, best image of 50 steps",
     ),
     "apgd-targets": Attack(
-        _adaptive(loss="dlr", targets=3), "APGD, targets", cost=153, true_labels=True,
+        _adaptive(loss="dlr", targets=3), "APGD, targets", cost=153, true_labels=True, settings=ADAPTIVE,
         note="AdaptivePGD on the DLR loss towards each of the 3 most likely other classes, best image of 50 steps each",
     ),
     "square": Attack(
-        _square, "Square", cost=400, true_labels=True,
+        _square, "Square", cost=400, true_labels=True, settings=("steps",),
         note="1,000 queries without gradients, margins averaged over draws of a random defence",
     ),
 }  # fmt: skip

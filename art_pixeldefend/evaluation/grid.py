@@ -9,11 +9,10 @@ from typing import Any
 from art_pixeldefend.attacks import ATTACKS
 from art_pixeldefend.classifiers import NETWORKS, RECIPES, TECHNIQUES
 from art_pixeldefend.evaluation.preprocessors import CALIBRATED, Step, placeholders
+from art_pixeldefend.evaluation.threat import BLIND, WHITE_BOX, Threat
 from art_pixeldefend.validation import check_count, check_eps
 
-BLIND, WHITE_BOX = "blind", "white-box"
-THREATS = (BLIND, WHITE_BOX)
-EARLIER_NAMES = {"none/bare": "none", "bare": BLIND, "through": WHITE_BOX}  # of rows, in results of version 0.1
+EARLIER_NAMES = {"none/bare": "none", "bare": "blind", "through": "white-box"}  # of rows, in results of version 0.1
 REFERENCES = ("calibration", "training")
 CLEAN = "clean"
 
@@ -25,8 +24,10 @@ class Row:
     Args:
         network, training: keys of ``classifiers.NETWORKS`` and ``classifiers.TECHNIQUES``.
         defence: a key of the grid's defences, or ``"none"``.
-        threat: ``"blind"``: the attacks see the classifier without its defence. ``"white-box"``: they see both, with
-            the gradients that the defence declares. A row without a defence is always white-box.
+        threat: a :class:`~art_pixeldefend.evaluation.threat.Threat`, or the name of one. ``"blind"``: the attacks see
+            the classifier without its defence. ``"white-box"``: they see both, with the gradients that the defence
+            declares. A row without a defence is always white-box. What a threat says of restarts, steps, loss, targets
+            and EOT is passed to attacks that take it.
         attacks: the columns to run, if not the grid's.
         images: how many, if not the grid's.
         delta: standard deviation of adversarial training's radius, in levels, if not the grid's.
@@ -41,7 +42,7 @@ class Row:
     network: str = "resnet"
     training: str = "normal"
     defence: str = "none"
-    threat: str = BLIND
+    threat: Threat = BLIND
     attacks: tuple[str, ...] | None = None
     images: int | None = None
     delta: float | None = None
@@ -49,14 +50,14 @@ class Row:
     steps: int | None = None
 
     def __post_init__(self) -> None:
-        threat = WHITE_BOX if self.defence == "none" and self.threat == BLIND else self.threat
-        object.__setattr__(self, "threat", threat)
+        threat = Threat.of(self.threat)
+        object.__setattr__(self, "threat", WHITE_BOX if self.defence == "none" and threat == BLIND else threat)
 
     @property
     def name(self) -> str:
         """network/training/defence/threat, with delta if it is set and without the threat if there is no defence."""
         delta = "" if self.delta is None else f"-delta-{self.delta:g}"
-        threat = "" if self.defence == "none" else f"/{self.threat}"
+        threat = "" if self.defence == "none" else f"/{self.threat.name}"
         return f"{self.network}/{self.training}{delta}/{self.defence}{threat}"
 
     @property
@@ -152,8 +153,8 @@ class Grid:
             _check("network", (row.network,), NETWORKS)
             _check("training", (row.training,), TECHNIQUES)
             _check("defence", (row.defence,), {"none": (), **self.defences})
-            _check("threat", (row.threat,), THREATS)
             _check("attacks", row.attacks or (), ATTACKS)
+            self._check_threat(row)
             if row.delta is not None and not (row.adversarial and row.delta > 0):
                 raise ValueError(
                     f"delta must be positive, and the training adversarial, got {row.delta!r} in {row.name}"
@@ -165,6 +166,15 @@ class Grid:
             known = [CALIBRATED, *(f"{{{model}}}" for model in self.models)]
             _check(f"placeholders of defence {name!r}", placeholders(steps), known)
         self._check_distinct()
+
+    def _check_threat(self, row: Row) -> None:
+        """Check that the row's attacks can do what its threat says."""
+        if row.threat.detector or row.threat.gradient == "surrogate":
+            raise ValueError(f"threat of {row.name} must have no detector and no surrogate, which no grid supports")
+        for attack in self.attacks_of(row):
+            unknown = set(row.threat.settings) - set(ATTACKS[attack].settings)
+            if ATTACKS[attack].sees_classifier and unknown:
+                raise ValueError(f"threat of {row.name} must not set {', '.join(sorted(unknown))} for {attack}")
 
     def _check_distinct(self) -> None:
         """Check that no two rows share a line of the table, which shows only these settings."""

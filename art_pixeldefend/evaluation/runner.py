@@ -185,7 +185,8 @@ def _result(cell: Cell, stages: Stages, key: Any, seconds: float) -> dict[str, A
     eps = cell.eps or stages.grid.eps_of(cell.row)[0]  # the paper prints clean accuracy for every radius
     paper = stages.grid.paper
     return {
-        "cell": cell.name, "row": asdict(cell.row), "attack": cell.attack, "eps": cell.eps, "settings": key,
+        "cell": cell.name, "row": asdict(cell.row) | {"threat": cell.row.threat.key}, "attack": cell.attack,
+        "eps": cell.eps, "settings": key,
         "paper_percent": paper(stages.grid, cell.row, cell.attack, eps) if paper else None,
         "seconds": round(seconds, 2), "date": date.today().isoformat(), "versions": versions(), "hardware": hardware(),
     }  # fmt: skip

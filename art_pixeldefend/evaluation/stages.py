@@ -17,15 +17,18 @@ from art.estimators.classification import PyTorchClassifier
 from art_pixeldefend import classifiers
 from art_pixeldefend.attacks import ATTACKS, unclipped
 from art_pixeldefend.attacks.budget import clip_to_ball
+from art_pixeldefend.attacks.through import backward_pass, purifiers_of
 from art_pixeldefend.classifiers.layers import Network
 from art_pixeldefend.classifiers.training import Recipe, shortened
 from art_pixeldefend.datasets import Dataset
-from art_pixeldefend.evaluation.grid import CLEAN, WHITE_BOX, Cell, Grid, Row
+from art_pixeldefend.evaluation.grid import CLEAN, Cell, Grid, Row
 from art_pixeldefend.evaluation.preprocessors import CALIBRATED, Step, is_placeholder, placeholders, preprocessor
 from art_pixeldefend.evaluation.store import Settings, Store, digest
+from art_pixeldefend.evaluation.threat import BLIND
 from art_pixeldefend.levels import UNIT, from_levels
 from art_pixeldefend.models import zoo
 from art_pixeldefend.models.base import ImageModel
+from art_pixeldefend.purifiers import Purifier
 
 T = TypeVar("T")
 
@@ -188,8 +191,11 @@ class Stages:
         return () if row.defence == "none" else self.grid.defences[row.defence]
 
     def defence(self, row: Row) -> Preprocessor | None:
-        """Return the row's defence as an ART preprocessor."""
-        return self.build(self.steps(row))
+        """Return the row's defence as an ART preprocessor; if its random numbers are known, with the grid's seed."""
+        defence = self.build(self.steps(row))
+        if row.threat.seeds_known and isinstance(defence, Purifier):
+            defence.set_params(seed=self.grid.seed)
+        return defence
 
     def build(self, steps: Sequence[Step]) -> Preprocessor | None:
         """Return the preprocessor that steps describe, with the grid's models filled in."""
@@ -289,16 +295,21 @@ class Stages:
         key |= {"attack": attack_key(cell.attack), "seed": self.grid.seed}
         key |= {"eps": cell.eps} if entry.uses_eps else {}
         if entry.sees_classifier:
-            defence = self._defence_key(cell.row) if cell.row.threat == WHITE_BOX else None
+            threat = cell.row.threat
+            defence = self._defence_key(cell.row) if threat.sees != BLIND.sees else None
             key |= {"classifier": self.training(cell.row), "defence": defence}
+            key |= {} if isinstance(threat.key, str) else {"threat": threat.key}
         return key
 
     def _attack(self, cell: Cell, x: np.ndarray, start: int, split: str) -> np.ndarray:
-        entry, white_box = ATTACKS[cell.attack], cell.row.threat == WHITE_BOX and cell.row.defence != "none"
-        classifier = self.classifier(cell.row, defended=white_box and entry.sees_classifier)
-        attack = unclipped(cell.attack, classifier, cell.eps, batch_size=len(x), seed=self._seed(start))
+        entry, threat = ATTACKS[cell.attack], cell.row.threat
+        through = threat.sees != BLIND.sees and cell.row.defence != "none" and entry.sees_classifier
+        classifier = self.classifier(cell.row, defended=through)
+        settings = threat.settings if entry.sees_classifier else {}
+        attack = unclipped(cell.attack, classifier, cell.eps, batch_size=len(x), seed=self._seed(start), **settings)
         y = np.eye(len(self.data.classes), dtype=np.float32)[self.splits[split][1][start : start + len(x)]]
-        with seeded(2 * self._seed(start) + 1):  # other draws than those of the defence afterwards
+        gradient = backward_pass(purifiers_of(classifier), threat.gradient if through else None)
+        with gradient, seeded(2 * self._seed(start) + 1):  # other draws than those of the defence afterwards
             raw = attack.generate(x, y=y if entry.true_labels else None)
         # The images of an attack without a radius are clipped when they are used: they serve all radii.
         return clip_to_ball(raw, x, cell.eps, UNIT) if entry.uses_eps else raw
@@ -324,7 +335,8 @@ class Stages:
     def defended_key(self, cell: Cell, start: int, count: int) -> dict[str, Any]:
         """Return the settings that defended images follow from."""
         attacked = self.attack_key(cell, start, count)
-        return {
+        known = {"seeds_known": True} if cell.row.threat.seeds_known else {}
+        return known | {
             "attacked": attacked, "eps": cell.eps, "defence": self._defence_key(cell.row), "seed": self.grid.seed
         }  # fmt: skip
 
@@ -336,9 +348,9 @@ class Stages:
     def cell_key(self, cell: Cell) -> Settings:
         """Return all settings that a cell's number follows from."""
         return {
-            "classifier": self.training(cell.row), "threat": cell.row.threat, "defence": self._defence_key(cell.row),
-            "attack": attack_key(cell.attack), "eps": cell.eps, "images": self.count(cell.row),
-            "chunk": self.grid.chunk, "seed": self.grid.seed,
+            "classifier": self.training(cell.row), "threat": cell.row.threat.key,
+            "defence": self._defence_key(cell.row), "attack": attack_key(cell.attack), "eps": cell.eps,
+            "images": self.count(cell.row), "chunk": self.grid.chunk, "seed": self.grid.seed,
         }  # fmt: skip
 
     def count(self, row: Row) -> int:

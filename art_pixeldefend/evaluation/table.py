@@ -11,8 +11,9 @@ import numpy as np
 from scipy.stats import binomtest
 
 from art_pixeldefend.attacks import ATTACKS
-from art_pixeldefend.evaluation.grid import BLIND, CLEAN, WHITE_BOX, Cell, Grid, Row
+from art_pixeldefend.evaluation.grid import CLEAN, Cell, Grid, Row
 from art_pixeldefend.evaluation.preprocessors import CALIBRATED, placeholders
+from art_pixeldefend.evaluation.threat import BLIND, WHITE_BOX
 
 Results = Mapping[Cell, Mapping[str, Any]]
 STRONGEST, WORST_CASE = "strongest", "worst case"
@@ -49,7 +50,8 @@ def _columns(grid: Grid, row: Row, eps: int) -> dict[str, Cell]:
 def _record(grid: Grid, row: Row, eps: int, column: str, result: Mapping[str, Any]) -> dict[str, Any]:
     record = {
         "dataset": grid.dataset, "network": row.network, "training": row.training, "delta": grid.delta_of(row),
-        "defence": row.defence, "threat": row.threat, "eps": eps, "column": column, "count": result.get("count", 0),
+        "defence": row.defence, "threat": row.threat.name, "eps": eps, "column": column,
+        "count": result.get("count", 0),
         "ours": result.get("accuracy_percent"), "low": None, "high": None,
         "paper": grid.paper(grid, row, column, eps) if grid.paper else None, "difference": None,
         "error": result.get("error", ""),
@@ -95,7 +97,7 @@ def markdown(grid: Grid, results: Results) -> str:
         for row in (row for row in grid.rows if eps in grid.eps_of(row)):
             of_row = {r["column"]: r for r in records if r["eps"] == eps and _is_of(grid, row, r)}
             lines.append(
-                f"| {title(row)}, {row.defence} | {row.threat} | "
+                f"| {title(row)}, {row.defence} | {row.threat.name} | "
                 + " | ".join(_shown(of_row.get(name)) for name in names)
                 + " |"
             )
@@ -114,8 +116,8 @@ def title(row: Row) -> str:
 
 
 def _is_of(grid: Grid, row: Row, record: Mapping[str, Any]) -> bool:
-    same = all(record[name] == getattr(row, name) for name in ("network", "training", "defence", "threat"))
-    return same and record["delta"] == grid.delta_of(row)
+    same = all(record[name] == getattr(row, name) for name in ("network", "training", "defence"))
+    return same and record["threat"] == row.threat.name and record["delta"] == grid.delta_of(row)
 
 
 def _shown(record: Mapping[str, Any] | None) -> str:
@@ -141,7 +143,9 @@ def _notes(grid: Grid, results: Results) -> list[str]:
     width = max((np.abs(np.subtract(r["interval_percent"], r["accuracy_percent"])).max() for r in done), default=0.0)
     notes = ["Accuracy in percent" + (": **ours** (the paper's, ours minus the paper's)." if grid.paper else ".")]
     notes.append(f"95% intervals (Wilson) are at most {width:.1f} points to either side; each is in the CSV file.")
-    notes += [f"*{name}*: {note}" for name, note in THREAT_NOTES.items() if any(r.threat == name for r in grid.rows)]
+    threats = list(dict.fromkeys(row.threat for row in grid.rows))
+    notes += [f"*{threat.name}*: {note}" for threat, note in THREAT_NOTES.items() if threat in threats]
+    notes += [f"*{threat.name}*: {threat}." for threat in threats if threat not in THREAT_NOTES]
     notes.append(
         "*strongest* is the least accuracy of the row; *worst case* counts images that are classified correctly under "
         "all attacks."

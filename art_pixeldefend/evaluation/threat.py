@@ -8,6 +8,7 @@ from typing import Any
 from art_pixeldefend.validation import check_count
 
 SEES = ("classifier", "scores", "everything")
+TOLD = ("eot", "restarts", "steps", "loss", "targets")
 GRADIENTS = ("identity", "exact", "implicit", "surrogate")
 
 
@@ -81,6 +82,11 @@ class Threat:
     def key(self) -> str | dict[str, Any]:
         """What results are stored under: ``"blind"``, ``"white-box"``, or all that is not the default."""
         return self.name if self in NAMED.values() else {"sees": self.sees} | self._set()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What an attack is told: the values of EOT, restarts, steps, loss and targets that are not the defaults."""
+        return {name: value for name, value in self._set().items() if name in TOLD}
 
     def _set(self) -> dict[str, Any]:
         """The fields other than ``sees`` that are not at their defaults."""

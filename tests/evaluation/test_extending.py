@@ -21,6 +21,7 @@ from art.attacks.attack import EvasionAttack
 from art.estimators.estimator import BaseEstimator
 from art_pixeldefend.attacks import Attack
 from art_pixeldefend.evaluation.grid import Grid, Row
+from art_pixeldefend.evaluation.threat import Threat
 from art_pixeldefend.purifiers.base import Purifier
 
 
@@ -49,9 +50,13 @@ def grid():
         "arts-noise": (("art.defences.preprocessor.GaussianAugmentation", {"augmentation": False, "sigma": 0.3}),),
         "score": (("art_pixeldefend.purifiers.ScorePurifier", {"model": "{score}", "steps": 2}),),
     }
+    rows = [Row("vgg", "normal", defence, threat) for defence in defences for threat in ("blind", "white-box")]
+    averaged = Threat("everything", "exact", eot=2, steps=2)
+    known = Threat("everything", "exact", steps=2, seeds_known=True)
+    rows += [Row("vgg", "normal", "score", threat, attacks=("apgd",)) for threat in (averaged, known)]
     return Grid(
         "digits",
-        tuple(Row("vgg", "normal", defence, threat) for defence in defences for threat in ("blind", "white-box")),
+        tuple(rows),
         eps=(40,), attacks=("brighter", "bim"), defences=defences, models={"score": "digits-score"},
         recipe="digits", steps=30, sizes={"vgg": {"width": 2}}, images=32, validation=8, chunk=8,
     )
@@ -84,6 +89,7 @@ def test_a_registered_attack_and_a_purifier_of_ones_own_make_a_table_on_two_proc
     plan = runner.plan(Stages(grid, datasets.load("digits"), Store(tmp_path / "alone")))
     assert "vgg/normal/noise/blind brighter 40: 32 images, 2 gradients each" in plan
     table = runner.run(grid, tmp_path / "alone", verbose=False).table
+    assert "white-box-gradient-exact-eot-2-steps-2" in table and "seeds_known" in table
     assert "failed" not in table and "| Brighter |" in table and "- Brighter: a remark on it." in table
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -4,6 +4,7 @@ import pytest
 
 from art_pixeldefend.evaluation.grid import CLEAN, Cell, Row
 from art_pixeldefend.evaluation.paper.grids import GRIDS
+from art_pixeldefend.evaluation.threat import Threat
 
 
 def test_a_grid_is_cut_down_by_rows_attacks_and_images():
@@ -45,7 +46,7 @@ def test_what_is_not_in_a_grid_is_refused(options, tiny):
     [
         ({"eps": (256,)}, "eps"), ({"attacks": ("no",)}, "attacks"), ({"rows": (Row("no"),)}, "network"),
         ({"rows": (Row(training="no"),)}, "training"), ({"rows": (Row(defence="no"),)}, "defence"),
-        ({"rows": (Row(threat="no"),)}, "threat"), ({"rows": (Row(eps=(9,)),)}, "eps"),
+        ({"rows": (Row(eps=(9,)),)}, "eps"),
         ({"rows": (Row(delta=8),)}, "delta"), ({"rows": (Row(training="adversarial-fgsm", delta=0),)}, "delta"),
         ({"rows": (Row(),), "defences": {"d": (("some.Class", {"model": "{no}"}),)}}, "defence 'd' .*, got '{no}'"),
         ({"chunk": 0}, "chunk"), ({"recipe": "no"}, "recipe"), ({"reference": "test"}, "reference"),
@@ -64,3 +65,22 @@ def test_cells_name_themselves():
     assert Cell(Row(), "bim", 8).name == "resnet/normal/none bim 8"
     assert Cell(Row(), CLEAN, 0).name == "resnet/normal/none clean"
     assert Row("resnet", "adversarial-fgsm", delta=25).name == "resnet/adversarial-fgsm-delta-25/none"
+
+
+@pytest.mark.parametrize(
+    ("threat", "attack", "error"),
+    [
+        (Threat("everything", steps=5), "bim", "steps for bim"),
+        (Threat("everything", "surrogate"), "apgd", "surrogate"),
+        (Threat("everything", detector=True), "apgd", "detector"),
+    ],
+)
+def test_a_threat_that_an_attack_cannot_carry_out_is_refused(tiny, threat, attack, error):
+    with pytest.raises(ValueError, match=error):
+        replace(tiny, rows=(Row("vgg", "normal", "feature-squeezing", threat, attacks=(attack,)),))
+
+
+def test_rows_of_named_threats_have_the_names_and_keys_that_results_are_stored_under(tiny):
+    row = Row("vgg", "normal", "feature-squeezing", "white-box")
+    assert row == Row("vgg", "normal", "feature-squeezing", Threat("everything"))
+    assert row.name == "vgg/normal/feature-squeezing/white-box" and row.threat.key == "white-box"

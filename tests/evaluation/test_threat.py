@@ -1,5 +1,6 @@
 import pytest
 
+from art_pixeldefend.evaluation.grid import Row
 from art_pixeldefend.evaluation.threat import BLIND, WHITE_BOX, Threat
 
 
@@ -30,6 +31,7 @@ def test_wrong_arguments_are_named(arguments, name):
         Threat(**arguments)
 
 
-def test_an_unknown_name_is_answered_with_those_that_exist():
+@pytest.mark.parametrize("use", [Threat.of, lambda threat: Row(threat=threat)])
+def test_an_unknown_name_is_answered_with_those_that_exist(use):
     with pytest.raises(ValueError, match="threat must be a Threat or one of blind, white-box"):
-        Threat.of("grey-box")
+        use("grey-box")

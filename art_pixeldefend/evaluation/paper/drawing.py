@@ -16,10 +16,11 @@ import numpy as np
 from art_pixeldefend.attacks import ATTACKS
 from art_pixeldefend.detectors.conformal import conformal_p_values
 from art_pixeldefend.evaluation import figures
-from art_pixeldefend.evaluation.grid import BLIND, CLEAN, Cell, Grid, Row
+from art_pixeldefend.evaluation.grid import CLEAN, Cell, Grid, Row
 from art_pixeldefend.evaluation.paper.appendix_a import appendix_a
 from art_pixeldefend.evaluation.paper.likelihoods import density_model, reference_scores, scores
 from art_pixeldefend.evaluation.stages import Stages
+from art_pixeldefend.evaluation.threat import BLIND
 from art_pixeldefend.files import write_atomically
 from art_pixeldefend.levels import to_levels
 from art_pixeldefend.processes import ProcessGroup

@@ -9,8 +9,9 @@ from functools import cache
 from pathlib import Path
 
 from art_pixeldefend.attacks import PAPER
-from art_pixeldefend.evaluation.grid import BLIND, WHITE_BOX, Grid, Row
+from art_pixeldefend.evaluation.grid import Grid, Row
 from art_pixeldefend.evaluation.preprocessors import CALIBRATED, Step
+from art_pixeldefend.evaluation.threat import BLIND, WHITE_BOX
 from art_pixeldefend.levels import UNIT
 
 ART_PIXELDEFEND = "art_pixeldefend.evaluation.paper.art_pixel_defend.ArtPixelDefend"
