@@ -4,6 +4,7 @@ import pytest
 
 from art_pixeldefend.evaluation.grid import CLEAN, Row
 from art_pixeldefend.evaluation.paper.grids import GRIDS, paper_accuracies, paper_accuracy
+from art_pixeldefend.evaluation.threat import BLIND, WHITE_BOX
 
 
 def test_the_papers_numbers_stand_beside_the_threat_they_were_measured_under():
@@ -46,4 +47,4 @@ def test_every_defence_is_run_under_both_threats(name):
             threats = {
                 r.threat for r in rows if (r.classifier, r.defence, r.eps) == (row.classifier, row.defence, row.eps)
             }
-            assert threats == {"blind", "white-box"}
+            assert threats == {BLIND, WHITE_BOX}

@@ -72,7 +72,7 @@ def test_purification_restores_accuracy_less_so_under_attacks_that_see_it(tmp_pa
     results = run(grid, tmp_path, verbose=False).results
     found = {(r["defence"], r["threat"], r["column"]): r["ours"] for r in entries(grid, results)}
     undefended, blind, white_box = (
-        {column: found[row.defence, row.threat, column] for column in ("clean", "strongest")} for row in rows
+        {column: found[row.defence, row.threat.name, column] for column in ("clean", "strongest")} for row in rows
     )
     assert undefended["clean"] > 95 and undefended["strongest"] < 20
     assert blind["clean"] == white_box["clean"] > undefended["clean"] - 5
