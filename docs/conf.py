@@ -8,6 +8,7 @@ from pydoc import locate
 from typing import Any
 
 from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.util.nodes import make_refnode
 
 import art_pixeldefend
@@ -19,12 +20,13 @@ GENERATED = DOCS / "_generated"
 project = "art-pixeldefend"
 author = copyright = "The art-pixeldefend authors"
 version = release = art_pixeldefend.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
+html_math_renderer = "mathml"
 html_title = "art-pixeldefend"
 html_static_path = ["_static"]
-html_css_files = ["tables.css"]
+html_css_files = ["wide.css"]
 html_show_sphinx = False
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
@@ -158,8 +160,16 @@ def resolve(app: Any, environment: Any, node: Any, text: Any) -> nodes.Node | No
     return text
 
 
+def write_formula(writer: Any, node: Any) -> None:
+    """Write a formula as MathML, which browsers draw themselves."""
+    block = isinstance(node, nodes.math_block)
+    writer.body.append(tex2mathml(" ".join(node.astext().split()), as_block=block))
+    raise nodes.SkipNode
+
+
 def setup(app: Any) -> None:
     """Generate pages before Sphinx looks for them."""
+    app.add_html_math_renderer("mathml", inline_renderers=(write_formula, None), block_renderers=(write_formula, None))
     app.connect("config-inited", lambda app, config: generate())
     app.connect("autodoc-process-docstring", escape_bars)
     app.connect("missing-reference", resolve)
