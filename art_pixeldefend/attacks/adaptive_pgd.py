@@ -79,10 +79,12 @@ class AdaptivePGD(EvasionAttack):
         targets: 0 attacks towards any other class; k runs towards each of the k most likely other classes in turn.
         restarts: runs from different random starts.
         eot: draws whose gradients are averaged. 1 is enough if nothing is random.
+        noise: radius of uniform noise, as ``eps``, that is added to the copies of an image whose gradients are
+            averaged. It smooths the loss of a discontinuous purifier; images are judged without it.
         gradient: the purifiers' backward pass: ``"identity"``, ``"exact"``, ``"implicit"``, a surrogate; None keeps
             their own.
-        selection_draws: draws that choose the best image; None for 10 if a purifier draws random numbers or ``eot`` is
-            more than 1, and otherwise for the one forward pass that also gives the gradient.
+        selection_draws: draws that choose the best image; None for 10 if a purifier draws random numbers, or ``eot``
+            is more than 1 without ``noise``, and otherwise for one forward pass: without noise that of the gradient.
         success_criterion: a function of (logits, labels, images), as ``loss``, that returns whether the attack is to be
             counted as successful, (M,), bool. By default: whether the image is misclassified.
         round_to_levels: whether to attack with 8-bit images only, within ``eps`` of ``x`` rounded to 8 bits.
@@ -121,7 +123,7 @@ class AdaptivePGD(EvasionAttack):
 
     attack_params = [
         *EvasionAttack.attack_params, "norm", "eps", "steps", "step_size", "schedule", "along",
-        "momentum", "loss", "targets", "restarts", "eot", "gradient", "selection_draws", "success_criterion",
+        "momentum", "loss", "targets", "restarts", "eot", "noise", "gradient", "selection_draws", "success_criterion",
         "round_to_levels", "seed", "batch_size", "verbose",
     ]  # fmt: skip
     _estimator_requirements = (PyTorchClassifier,)
@@ -141,6 +143,7 @@ class AdaptivePGD(EvasionAttack):
         targets: int = 0,
         restarts: int = 1,
         eot: int = 1,
+        noise: float = 0.0,
         gradient: Any = None,
         selection_draws: int | None = None,
         success_criterion: Criterion | None = None,
@@ -153,6 +156,7 @@ class AdaptivePGD(EvasionAttack):
         self.norm, self.eps, self.steps, self.step_size, self.schedule = norm, eps, steps, step_size, schedule
         self.along = along
         self.momentum, self.loss, self.targets, self.restarts, self.eot = momentum, loss, targets, restarts, eot
+        self.noise = noise
         self.gradient, self.selection_draws, self.success_criterion = gradient, selection_draws, success_criterion
         self.round_to_levels, self.seed, self.batch_size, self.verbose = round_to_levels, seed, batch_size, verbose
         self._check_params()
@@ -193,7 +197,8 @@ class AdaptivePGD(EvasionAttack):
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name in ("steps", "restarts", "eot", "batch_size"):
             setattr(self, name, check_count(name, getattr(self, name)))
-        self.eps, self.momentum = check_number("eps", self.eps), check_number("momentum", self.momentum)
+        for name in ("eps", "noise", "momentum"):
+            setattr(self, name, check_number(name, getattr(self, name)))
         for name in ("selection_draws", "seed"):
             if getattr(self, name) is not None:
                 setattr(self, name, check_count(name, getattr(self, name), least=name != "seed"))
@@ -227,8 +232,10 @@ class _Search:
             attack.estimator, y, attack.seed, attack.batch_size, attack.loss, attack.success_criterion
         )
         self.selection_draws = attack.selection_draws
-        if self.selection_draws is None and (attack.eot > 1 or self.evaluator.random):
+        if self.selection_draws is None and (self.evaluator.random or (attack.eot > 1 and not attack.noise)):
             self.selection_draws = SELECTION_DRAWS
+        elif self.selection_draws is None and attack.noise:
+            self.selection_draws = 1
         count, device = len(x), y.device
         self.best = self.x.clone()
         self.rate = torch.zeros(count, device=device)
@@ -264,7 +271,10 @@ class _Search:
             where, last = index[active], step == attack.steps
             points = self._rounded(ascent.z[active], self.x[where])
             towards = None if targets is None else targets[where]
-            found = self.evaluator(points, where, attack.eot, (run, step), targets=towards, gradient=not last)
+            noise = 0.0 if last else attack.noise / (self.high - self.low)
+            found = self.evaluator(
+                points, where, attack.eot, (run, step), targets=towards, gradient=not last, noise=noise
+            )
             self.losses[run, step, where] = found.loss
             self._select(points, where, found, run * attack.steps + step)
             bar.update(not last)
@@ -276,9 +286,9 @@ class _Search:
     def _select(self, points: Tensor, index: Tensor, found: Evaluation, steps: int) -> None:
         """Keep images that are better than the best so far, judged by other draws than the gradient's if there are."""
         if self.selection_draws is not None:
-            chosen = found.margin > self.promise[index]
+            chosen = (found.margin > self.promise[index]) | (self.attack.noise > 0)
             points, index = points[chosen], index[chosen]
-            self.promise[index] = found.margin[chosen]
+            self.promise[index] = self.promise[index].maximum(found.margin[chosen])
             if not len(index):
                 return
             found = self.evaluator(points, index, self.selection_draws)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from art_pixeldefend.attacks import losses
 from art_pixeldefend.attacks.budget import scalar_clip_values
-from art_pixeldefend.purifiers.base import Purifier
+from art_pixeldefend.purifiers.base import BatchGenerator, Purifier
 from art_pixeldefend.purifiers.logits import differentiable_logits
 from art_pixeldefend.purifiers.purified_model import PurifiedModel
 
@@ -154,6 +154,7 @@ class Evaluator:
         *,
         targets: Tensor | None = None,
         gradient: bool = False,
+        noise: float = 0.0,
     ) -> Evaluation:
         """Classify images.
 
@@ -164,13 +165,14 @@ class Evaluator:
             place: evaluations at different places, such as (run, step), use different random numbers.
             targets: classes (M,) of a targeted loss.
             gradient: whether to compute gradients; NaN and infinity in them become zero.
+            noise: radius of uniform noise that is added to the copies of each image, in the range [0, 1].
         """
         self.queries[index] += draws
         seed = int(np.random.SeedSequence([self.seed, len(place), *place]).generate_state(1, np.uint64)[0])
         parts = []
         for piece in torch.arange(len(points), device=points.device).split(max(1, self.batch_size // draws)):
             towards = None if targets is None else targets[piece]
-            parts.append(self._batch(points[piece], index[piece], towards, draws, seed, gradient))
+            parts.append(self._batch(points[piece], index[piece], towards, draws, seed, gradient, noise))
         found = Evaluation(*(torch.cat(part) for part in zip(*parts, strict=True)))
         if gradient:
             flat = found.gradient.flatten(1)
@@ -181,7 +183,7 @@ class Evaluator:
         return found
 
     def _batch(
-        self, points: Tensor, index: Tensor, targets: Tensor | None, draws: int, seed: int, gradient: bool
+        self, points: Tensor, index: Tensor, targets: Tensor | None, draws: int, seed: int, gradient: bool, noise: float
     ) -> tuple[Tensor, ...]:
         """The parts of an :class:`Evaluation` of one batch."""
 
@@ -191,7 +193,12 @@ class Evaluator:
         y = self.y[index].repeat_interleave(draws)
         with torch.set_grad_enabled(gradient), replayed(self.purifiers, seed, index.tolist(), draws):
             points = points.detach().requires_grad_(gradient)
-            images = points.repeat_interleave(draws, 0) * (self.high - self.low) + self.low
+            copies = points.repeat_interleave(draws, 0)
+            if noise:
+                positions = [draws * i + draw for i in index.tolist() for draw in range(draws)]
+                random = BatchGenerator(seed, positions, points.device, points.dtype).uniform(points.shape[1:])
+                copies = copies + ((copies + noise * (2 * random - 1)).clamp(0, 1) - copies).detach()
+            images = copies * (self.high - self.low) + self.low
             logits = differentiable_logits(self.estimator, images)
             if callable(self.loss):
                 loss = self.loss(logits, y, images)

@@ -151,7 +151,7 @@ def test_the_same_seed_gives_the_same_images_for_every_batch_size(purifier, insi
     y = labels(classifier(), x)
     results = []
     for batch_size in (1, 3, 100):
-        attack = AdaptivePGD(estimator, eps=0.05, steps=4, eot=2, seed=7, restarts=2, batch_size=batch_size)
+        attack = AdaptivePGD(estimator, eps=0.05, steps=4, eot=2, noise=0.02, seed=7, restarts=2, batch_size=batch_size)
         results.append((attack.generate(x, y), attack.queries, attack.fallen_at))
     for attacked, queries, fallen_at in results[1:]:
         assert np.allclose(attacked, results[0][0], atol=1e-6)
@@ -168,6 +168,29 @@ def test_averaging_over_draws_changes_nothing_for_a_purifier_without_random_numb
     many = AdaptivePGD(estimator, **settings, eot=4, selection_draws=3)
     assert np.array_equal(one.generate(x), many.generate(x))
     assert np.array_equal(one.success, many.success) and (many.queries > one.queries).all()
+
+
+def test_noise_shows_gradients_of_a_loss_with_steps_and_images_are_judged_without_it():
+    class Steps(nn.Module):
+        """Piecewise constant in the image's brightness, with a gradient that is zero next to nearly every image."""
+
+        def forward(self, x):
+            brightness = x.flatten(1).mean(1)
+            near = ((brightness * 40) % 1 - 0.5).clamp(-0.1, 0.1)  # a steep rise in a fifth of the images
+            rise = ((brightness * 40).floor().detach() + 5 * near) - 20
+            return torch.stack([torch.zeros_like(rise), rise], 1)
+
+    x = np.full((6, *SHAPE), 0.475, np.float32) + np.linspace(0, 2e-3, 6, dtype=np.float32)[:, None, None, None]
+    estimator, y = classifier(net=Steps(), classes=2), np.zeros(6, int)
+    settings = {"eps": 0.04, "steps": 20, "loss": "margin", "schedule": "cosine", "seed": 0, "norm": "Linf"}
+    plain = AdaptivePGD(estimator, **settings)
+    plain.generate(x, y, start=x)
+    smooth = AdaptivePGD(estimator, **settings, eot=8, noise=0.06)
+    attacked = smooth.generate(x, y, start=x)
+    assert smooth.zero_gradients < plain.zero_gradients
+    assert smooth.success.sum() > plain.success.sum()
+    assert np.array_equal(labels(estimator, attacked) != y, smooth.success)
+    assert np.abs(attacked - x).max() <= 0.04 + 1e-6
 
 
 def test_an_image_is_chosen_by_other_draws_than_those_of_its_gradients(monkeypatch):
@@ -348,6 +371,7 @@ def test_dlr_and_margin_do_not_depend_on_a_shift_nor_dlr_on_the_scale():
         {"norm": "L1"}, {"schedule": "linear"}, {"steps": 0}, {"eot": 0}, {"restarts": 0}, {"eps": -1}, {"seed": -1},
         {"loss": "l2"}, {"targets": 5}, {"targets": -1}, {"selection_draws": 0}, {"gradient": "approximate"},
         {"batch_size": 0}, {"verbose": 1}, {"round_to_levels": None}, {"step_size": -1}, {"momentum": -0.1},
+        {"noise": -1},
     ],
     ids=str,
 )  # fmt: skip
