@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 from collections.abc import Sequence
 from os import PathLike
 
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
 
 from art_pixeldefend import __version__
 from art_pixeldefend.detectors import ConformalDetector
 from art_pixeldefend.detectors.conformal import conformal_p_values
 from art_pixeldefend.detectors.false_alarms import FalseAlarms, false_alarms
-from art_pixeldefend.files import write_atomically
+from art_pixeldefend.evaluation import page
 from art_pixeldefend.image_files import ImageSet
-from art_pixeldefend.pictures import as_picture
 
 LEVELS = (0.01, 0.05, 0.1)
 SHOWN = 8  # images at either end of the scores
-STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
-.wide { overflow-x: auto; } @media (max-width: 32rem) { table { font-size: .8rem; } }
-table { border-collapse: collapse; } th, td { padding: .3rem .5rem; text-align: right; border-bottom: 1px solid #8888; }
-th:first-child, td:first-child { text-align: left; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }
-.plots img { width: 100%; background: white; }
-.images { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); gap: .8rem; padding: 0; }
-figure { margin: 0; } .images img { width: 100%; image-rendering: pixelated; border: 1px solid #8888; }
-figcaption { font-size: .8rem; overflow-wrap: anywhere; }
-.warning { border-left: 4px solid #c62828; padding-left: .8rem; }
-"""
 
 
 def write_report(
@@ -72,12 +54,13 @@ def write_report(
     levels = sorted({*LEVELS, detector.alpha})
     found = false_alarms(detector, levels)
     sections = [
-        f"<h1>{html.escape(title)}</h1>",
-        f"<p>{len(scores)} images; scores: {html.escape(', '.join(names))}"
-        + (f", combined by {detector.combine}" if len(names) > 1 else "")
-        + f"; level {detector.alpha:g}. art-pixeldefend {__version__}.</p>",
-        "<h2>False alarms</h2>",
-        _table(found, levels, len(scores)),
+        page.paragraph(
+            f"{len(scores)} images; scores: {', '.join(names)}"
+            + (f", combined by {detector.combine}" if len(names) > 1 else "")
+            + f"; level {detector.alpha:g}. art-pixeldefend {__version__}."
+        ),
+        page.heading("False alarms"),
+        *_table(found, levels, len(scores)),
     ]
     for k, (name, unit) in enumerate(zip(names, units, strict=True)):
         plots = [_histogram(scores[:, k], unit, detector._sides[k], detector.alpha / len(names))]
@@ -85,36 +68,35 @@ def write_report(
             ties = np.random.default_rng(1).random(len(tested))
             p_values = conformal_p_values(scores[tested, k], scores[fitted, k], two_sided=detector._sides[k], ties=ties)
             plots.append(_quantiles(p_values))
-        shown = "".join(f'<img alt="{html.escape(alt)}" src="{_png(figure)}">' for alt, figure in plots)
-        sections += [f"<h2>{html.escape(name)}</h2>", f'<div class="plots">{shown}</div>']
+        captions, drawn = zip(*plots, strict=True)
+        sections += [page.heading(name), page.charts(map(_png, drawn), "; ".join(captions))]
         sections += _extremes(detector, scores, k, images, unit)
-    write_atomically(
-        path,
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(sections) + "\n</body></html>\n",
-    )
+    page.write_page(path, title, sections)
 
 
-def _table(found: Sequence[FalseAlarms], levels: Sequence[float], count: int) -> str:
+def _table(found: Sequence[FalseAlarms], levels: Sequence[float], count: int) -> list[str]:
     if not found:
-        return f'<p class="warning">{count} images are too few to measure false alarms.</p>'
+        return [page.paragraph(f"{count} images are too few to measure false alarms.")]
     rows = [
-        f"<tr><td>{each.alpha:g}</td><td>{each.rate:.2%}</td>"
-        f"<td>{_share(each.counts.min(), each)} to {_share(each.counts.max(), each)}</td>"
-        f"<td>{_share(each.split_interval[0], each)} to {_share(each.split_interval[1], each)}</td>"
-        f"<td>{each.inside:.0%}</td></tr>"
+        [
+            f"{each.alpha:g}",
+            f"{each.rate:.2%}",
+            f"{_share(each.counts.min(), each)} to {_share(each.counts.max(), each)}",
+            f"{_share(each.split_interval[0], each)} to {_share(each.split_interval[1], each)}",
+            f"{each.inside:.0%}",
+        ]
         for each in found
     ]
     left_out = sorted(set(levels) - {each.alpha for each in found})
     note = f" Half of the images are too few for {', '.join(f'{a:g}' for a in left_out)}." if left_out else ""
-    return (
-        '<div class="wide"><table><tr><th>level</th><th>images flagged</th><th>range over splits</th>'
-        f"<th>95% interval</th><th>splits within</th></tr>{''.join(rows)}</table></div>"
-        f"<p>Mean of {len(found[0].counts)} random splits: half of the images calibrate, {found[0].tested} others are "
-        "tested. The interval is that of the number flagged in a split if p-values are uniform; combined p-values of "
-        f"bonferroni and harmonic are larger than that, and flag fewer.{note}</p>"
-    )
+    return [
+        page.table(["level", "images flagged", "range over splits", "95% interval", "splits within"], rows),
+        page.paragraph(
+            f"Mean of {len(found[0].counts)} random splits: half of the images calibrate, {found[0].tested} others are "
+            "tested. The interval is that of the number flagged in a split if p-values are uniform; combined p-values "
+            f"of bonferroni and harmonic are larger than that, and flag fewer.{note}"
+        ),
+    ]
 
 
 def _share(count: int, found: FalseAlarms) -> str:
@@ -156,26 +138,13 @@ def _extremes(detector: ConformalDetector, scores: np.ndarray, k: int, images: I
     count = min(SHOWN, len(order) // 2)
     parts = []
     for title, chosen in (("Highest scores", order[::-1][:count]), ("Lowest scores", order[:count])):
-        figures = [
-            f'<figure><img alt="image {html.escape(images.names[i])}" src="{_thumbnail(images.levels[i])}">'
-            f"<figcaption>{html.escape(images.names[i])}: {scores[i, k]:.3g}</figcaption></figure>"
-            for i in chosen
-        ]
-        parts += [f"<h3>{title} ({html.escape(unit)})</h3>", f'<div class="images">{"".join(figures)}</div>']
+        shown = [(images.levels[i], images.names[i], f"{scores[i, k]:.3g}", None) for i in chosen]
+        rows = [shown[start : start + 4] for start in range(0, count, 4)]
+        parts += [page.paragraph(f"{title} ({unit})"), page.image_rows(rows)]
     return parts
 
 
-def _png(figure: Figure) -> str:
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    return _data_url(buffer.getvalue())
-
-
-def _thumbnail(levels: np.ndarray) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(as_picture(levels))).save(buffer, "PNG")
-    return _data_url(buffer.getvalue())
-
-
-def _data_url(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    return buffer.getvalue()
