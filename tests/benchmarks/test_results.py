@@ -11,7 +11,12 @@ from art_pixeldefend.evaluation.grid import CLEAN, EARLIER_NAMES, Cell, Row
 from art_pixeldefend.evaluation.paper.grids import GRIDS
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-TABLES = {"fashion-mnist": "fashion-mnist", "fashion-mnist-10000": "fashion-mnist", "cifar-10-small": "cifar-10"}
+TABLES = {
+    "fashion-mnist": "fashion-mnist",
+    "fashion-mnist-10000": "fashion-mnist",
+    "fashion-mnist-neighbours": "fashion-mnist",
+    "cifar-10-small": "cifar-10",
+}
 
 
 def stored(name):
