@@ -21,6 +21,7 @@ from art_pixeldefend.purifiers.logits import differentiable_logits
 if TYPE_CHECKING:
     from art_pixeldefend.evaluation.robustness import AttackResult, Evaluation
 
+VERSION = 1  # to be raised when checks find other things for equal settings
 POINTS = 0.02  # a difference of accuracies that matters
 SOME = 32  # images of checks that compute gradients
 CLEAN = "clean"

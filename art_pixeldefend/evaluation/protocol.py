@@ -223,11 +223,12 @@ def public_auto_attack(
     module = subject.bare.model
     if subject.defences:
         module = PurifiedModel(module, subject.purifiers[0])
-    version = "rand" if subject.stochastic else "standard"
+    version, iterations = "rand" if subject.stochastic else "standard", threat.steps or 100
     device = subject.defended.device
     attacked = auto_attack(
         module, torch.from_numpy(x).to(device), torch.from_numpy(y).to(device), norm=ball.norm, eps=ball.eps,
-        version=version, iterations=threat.steps or 100, draws=threat.eot, batch_size=subject.batch_size, seed=seed,
+        version=version, iterations=iterations, queries=50 * iterations, draws=threat.eot,
+        batch_size=subject.batch_size, seed=seed,
     )  # fmt: skip
     return attacked.cpu().numpy(), {}
 

@@ -396,7 +396,7 @@ class _Runner:
         context = Context(self.subject, self.x, self.y, self.ball, self.settings["seed"], self.results, self.attacked)
         findings = []
         for check in tqdm(diagnostics.CHECKS, unit="check", desc="diagnostics", disable=not self.verbose, leave=False):
-            key = self.settings | {"diagnostic": check.__name__, "after": self.keys}
+            key = self.settings | {"check": check.__name__, "checks": diagnostics.VERSION, "after": self.keys}
             kept = self.store.read("diagnostics", key)
             if kept is None:
                 with seeded(derived_seed(self.settings["seed"], check.__name__)):

@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -324,3 +325,29 @@ def test_threats_of_results_survive_a_round_trip(noisy, tmp_path):
     noisy.save(tmp_path / "r.json")
     loaded = Evaluation.load(tmp_path / "r.json").results["exact"].threat
     assert loaded == noisy.results["exact"].threat == replace(loaded)
+
+
+def test_the_standard_budget_attacks_a_purifier_without_exact_gradients_through_a_surrogate(
+    digits_images, nearest_mean
+):
+    x, _ = digits_images
+    with_images = [p.name for p in plan(Subject(nearest_mean, Round(), x, surrogate_images=x), "standard", Ball(EPS))]
+    without = [p.name for p in plan(Subject(nearest_mean, Round(), x), "standard", Ball(EPS))]
+    assert {*with_images} - {*without} == {"surrogate"}
+    assert "surrogate" not in [
+        p.name for p in plan(Subject(nearest_mean, AddNoise(), x, surrogate_images=x), "standard", Ball(EPS))
+    ]
+
+
+def test_every_attack_of_the_standard_and_full_budgets_runs(evaluate, digits_images, nearest_mean, monkeypatch):
+    """With fewer steps."""
+    pytest.importorskip("pyautoattack")
+    monkeypatch.setattr(protocol, "fit_surrogate", partial(protocol.fit_surrogate, steps=3))
+    x, _ = digits_images
+    subject = Subject(nearest_mean, Round(), x[:6], surrogate_images=x)
+    attacks = {p.name: p for budget in ("standard", "full") for p in plan(subject, budget, Ball(EPS))}
+    assert "AutoAttack" in attacks
+    fewer = [replace(p, threat=replace(p.threat, steps=2, restarts=1)) for p in attacks.values()]
+    result = evaluate(Round(), budget=fewer, count=6, surrogate_images=x)
+    assert list(result.results) == ["clean", *attacks]
+    assert result.worst_case <= min(result.accuracy(name) for name in attacks)
