@@ -33,7 +33,7 @@ class Surrogate(nn.Module):
         torch.Size([2, 1, 8, 8])
     """
 
-    def __init__(self, channels: int, width: int = 32, layers: int = 6) -> None:
+    def __init__(self, channels: int, width: int = 24, layers: int = 5) -> None:
         super().__init__()
         sizes = [channels, *[width] * (layers - 1), channels]
         self.convolutions = nn.ModuleList(
@@ -56,11 +56,11 @@ def fit_surrogate(
     *,
     eps: float = 32 / 255,
     copies: int = 2,
-    steps: int = 600,
+    steps: int = 400,
     batch_size: int = 32,
     learning_rate: float = 2e-3,
-    width: int = 32,
-    layers: int = 6,
+    width: int = 24,
+    layers: int = 5,
     seed: int = 0,
     verbose: bool = False,
 ) -> Surrogate:
