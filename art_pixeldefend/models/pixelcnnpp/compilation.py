@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -34,7 +35,8 @@ def jit(*signature: Any, **options: Any) -> Callable[[Callable], Callable]:
 
     def decorate(function: Callable) -> Callable:
         try:
-            return njit(*signature, cache=True, **options)(function)
+            with _users_cache():
+                return njit(*signature, cache=True, **options)(function)
         except RuntimeError as error:
             if "cannot cache function" not in str(error):
                 raise
@@ -42,6 +44,23 @@ def jit(*signature: Any, **options: Any) -> Callable[[Callable], Callable]:
             return njit(*signature, **options)(function)
 
     return decorate
+
+
+@contextmanager
+def _users_cache() -> Iterator[None]:
+    """Let Numba cache in the user's folder for caches: files beside the source would stay when pip uninstalls it.
+
+    Where that folder is not writable, Numba tries the folder of the source.
+    """
+    import pooch
+    from numba import config
+
+    before: str = config.CACHE_DIR  # type: ignore[attr-defined]  # of NUMBA_CACHE_DIR
+    config.CACHE_DIR = before or os.path.join(pooch.os_cache("art-pixeldefend"), "numba")  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        config.CACHE_DIR = before  # type: ignore[attr-defined]
 
 
 @cache

@@ -4,6 +4,7 @@ import ast
 import gc
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
@@ -212,6 +213,20 @@ def test_without_wide_vectors_the_image_is_the_same_and_compilation_is_announced
         assert printed.find("compiling") < printed.find("purify:")  # it does not count in the progress bar
         assert_purified(folder)
         (folder / "purified.npy").unlink()
+
+
+def test_compiled_code_is_cached_for_the_user_and_not_beside_the_source(tmp_path, monkeypatch):
+    numba = pytest.importorskip("numba")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(numba.config, "CACHE_DIR", "")
+    (tmp_path / "source").mkdir()
+    source = tmp_path / "source" / "module.py"
+    source.write_text("def double(x):\n    return 2 * x\n")
+    function = runpy.run_path(str(source))["double"]
+    assert compilation.jit()(function)(3) == 6
+    assert numba.config.CACHE_DIR == "" and [path.name for path in source.parent.iterdir()] == ["module.py"]
+    if sys.platform == "linux":
+        assert list((tmp_path / "cache" / "art-pixeldefend" / "numba").rglob("*.nbi"))
 
 
 def test_without_a_writable_folder_for_the_cache_it_compiles_and_warns_once(folder):
