@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 import typer
 from art.defences.preprocessor import FeatureSqueezing, Preprocessor
 from published import RESULTS, DataDir, Work, command
@@ -28,12 +29,17 @@ from art_pixeldefend import (
     DeepImagePrior,
     ManifoldProjection,
     PixelDefend,
+    PurifiedModel,
     ScoreDenoiser,
     ScorePurifier,
     classifiers,
     datasets,
 )
+from art_pixeldefend.attacks import auto_attack
 from art_pixeldefend.evaluation import evaluate_robustness, runner
+from art_pixeldefend.evaluation.protocol import Ball, Subject, plan
+from art_pixeldefend.evaluation.store import Store
+from art_pixeldefend.evaluation.table import wilson
 from art_pixeldefend.files import write_atomically
 from art_pixeldefend.levels import UNIT
 
@@ -43,13 +49,18 @@ SURROGATE_IMAGES = 1000  # of the training images
 
 @dataclass(frozen=True)
 class Defence:
-    """A row: a defence, and how many images it is measured on at most."""
+    """A row: a defence, how many images it is measured on at most, and attacks that it is too slow for."""
 
     name: str
     make: Callable[[int], Preprocessor | None]
     images: int | None = None
+    left_out: tuple[str, ...] = ()
 
 
+AUTO_ATTACK = (
+    "`pyautoattack` on `PurifiedModel`: APGD on the cross-entropy and towards 2 targets, 20 iterations each; beside it "
+    "the worst case above."
+)
 THRESHOLDS = {8: 2.717, 25: 2.921}  # in bits/dim, of results/fashion-mnist.md
 DEFENCES = (
     Defence("none", lambda eps: None),
@@ -62,8 +73,8 @@ DEFENCES = (
         lambda eps: AdaptivePixelDefend(eps=32, pixel_cnn="fashion-mnist", threshold=THRESHOLDS[eps]),
     ),
     Defence("ScorePurifier, 5 steps, sigma 0.25", lambda eps: ScorePurifier("fashion-mnist-score", 0.25, steps=5), 20),
-    Defence("ManifoldProjection", lambda eps: ManifoldProjection("fashion-mnist-vae"), 20),
-    Defence("DeepImagePrior", lambda eps: DeepImagePrior(), 4),
+    Defence("ManifoldProjection", lambda eps: ManifoldProjection("fashion-mnist-vae"), 10, ("Square",)),
+    Defence("DeepImagePrior", lambda eps: DeepImagePrior(), 4, ("BPDA", "Square")),
 )
 
 
@@ -80,8 +91,12 @@ def measure(
         began = time.process_time()
         purifier(x)
         rate = count / (time.process_time() - began)
+    attacks: Any = budget
+    if defence.left_out:
+        subject = Subject(network, purifier, x)
+        attacks = [p for p in plan(subject, budget, Ball(eps / 255)) if p.name not in defence.left_out]
     found = evaluate_robustness(
-        network, purifier, x, y, eps=eps / 255, budget=budget, folder=work / "evaluations",
+        network, purifier, x, y, eps=eps / 255, budget=attacks, folder=work / "evaluations",
         surrogate_images=data.x_train[:SURROGATE_IMAGES].astype(np.float32) / 255,
     )  # fmt: skip
     alarms = [f"{finding.name}: {finding.text}" for finding in found.diagnostics if finding.alarm]
@@ -104,6 +119,25 @@ def measure(
             rule: {name: percent(found.accuracy(name, rule)) for name in row["accuracy"]} for rule in ("worst", "vote")
         }
     return row
+
+
+def public_check(
+    defence: Defence, classifier: str, eps: int, data: datasets.Dataset, images: int, work: Path
+) -> dict[str, Any]:
+    """The accuracy of a deterministic defence under the public AutoAttack's APGD, with the purifier's own gradient."""
+    x, y = torch.from_numpy(data.x_test[:images]).float() / 255, torch.from_numpy(data.y_test[:images])
+    purifier, network = defence.make(eps), classifiers.load(classifier).requires_grad_(False)
+    model = network if purifier is None else PurifiedModel(network, purifier).eval()
+    settings: dict[str, Any] = {"attacks": ["apgd-ce", "apgd-t"], "iterations": 20, "targets": 2}
+
+    def attacked() -> np.ndarray:
+        return auto_attack(model, x, y, eps=eps / 255, batch_size=256, **settings).numpy()
+
+    key = settings | {"defence": defence.name, "classifier": classifier, "eps": eps, "images": images}
+    found = torch.from_numpy(Store(work).images("auto-attack", key, attacked))
+    with torch.no_grad():
+        right = int((model(found).argmax(1) == y).sum())
+    return settings | {"accuracy": percent(right / len(y)), "interval": [percent(end) for end in wilson(right, len(y))]}
 
 
 def percent(value: float) -> float:
@@ -158,6 +192,7 @@ def main(
     budget: Annotated[str, typer.Option(help="quick, standard or full")] = "quick",
     only: Annotated[str, typer.Option(help="comma-separated: rows whose defence begins with one of these")] = "",
     radii: Annotated[list[int], typer.Option(help="of the attacks, in levels")] = list(RADII),  # noqa: B006
+    public: Annotated[bool, typer.Option(help="attack by the public AutoAttack's APGD, too")] = False,
     data_dir: DataDir = None,
     results: Annotated[Path, typer.Option(help="folder for the table")] = RESULTS,
 ) -> None:
@@ -169,9 +204,10 @@ def main(
             continue
         for eps in radii:
             for classifier in (NORMAL, f"{NORMAL}-pgd-{eps}"):
-                rows[f"{defence.name}, {classifier}, {eps}"] = row = measure(
-                    defence, classifier, eps, data, budget, images, work
-                )
+                row = measure(defence, classifier, eps, data, budget, images, work)
+                if public:
+                    row["auto_attack"] = public_check(defence, classifier, eps, data, images, work)
+                rows[f"{defence.name}, {classifier}, {eps}"] = row
                 print(row["defence"], classifier, eps, row["accuracy"], row["seconds"], row["alarms"], flush=True)
                 write_atomically(path, json.dumps(rows))
                 publish(list(rows.values()), results)
@@ -190,6 +226,15 @@ def publish(rows: list[dict[str, Any]], results: Path) -> None:
     write_atomically(results / "adaptive-evaluation.json", content)
     tables = "\n".join(f"## Within {eps} levels\n\n{table(rows, eps)}" for eps in RADII)
     alarms = [f"- {r['defence']}, {r['classifier']}, {r['eps']}: {alarm}" for r in rows for alarm in r["alarms"]]
+    checks = [
+        f"- {r['defence']}, {r['classifier']}, {r['eps']}: {r['auto_attack']['accuracy']:.1f} "
+        f"({r['auto_attack']['interval'][0]:.1f} to {r['auto_attack']['interval'][1]:.1f}), here "
+        f"{r['accuracy']['worst case']:.1f}"
+        for r in rows
+        if "auto_attack" in r
+    ]
+    if checks:
+        tables += f"\n## The public AutoAttack\n\n{AUTO_ATTACK}\n\n" + "\n".join(checks) + "\n"
     notes = "\n## Alarms of the diagnostics\n\n" + "\n".join(alarms or ["none"]) + "\n"
     write_atomically(results / "adaptive-evaluation.md", head(facts) + tables + notes)
 

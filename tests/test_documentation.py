@@ -96,8 +96,8 @@ def test_models_are_those_bundled_with_the_errors_of_their_cards():
 def test_results_are_those_of_the_published_table():
     with (README.parent / "benchmarks" / "results" / "fashion-mnist.csv").open() as file:
         cells = [row for row in csv.DictReader(file) if (row["network"], row["training"]) == ("resnet", "normal")]
-    pattern = r"^\| (none|PixelDefend).*? \| [\w ()-]+ \| ([\d,]+) \| (.*) \|$"
-    rows = re.findall(pattern, README.read_text(), re.MULTILINE)
+    pattern = r"^\| (none|PixelDefend) \| [\w ()-]+ \| ([\d,]+) \| (.*) \|$"
+    rows = re.findall(pattern, (README.parent / "benchmarks" / "README.md").read_text(), re.MULTILINE)
     assert len(rows) == 3
     for defence, images, numbers in rows:
         published = {
@@ -105,7 +105,7 @@ def test_results_are_those_of_the_published_table():
             for cell in cells
             if cell["defence"] == defence.lower() and cell["count"] == images.replace(",", "") and cell["ours"]
         }
-        for column, shown in zip(("clean", "fgsm", "bim", "cw"), numbers.split(" | "), strict=True):
+        for column, shown in zip(("clean", "fgsm", "bim", "strongest"), numbers.split(" | ")[:4], strict=True):
             for eps, number in zip(("8", "25"), re.findall(r"[\d.]+", shown), strict=False):
                 assert published[column, eps] == number
 

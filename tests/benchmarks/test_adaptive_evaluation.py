@@ -1,0 +1,51 @@
+"""The published tables of the adaptive evaluation, and the README's, show what its JSON file holds."""
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("adaptive_evaluation")
+
+
+@pytest.fixture
+def rows():
+    return json.loads((BENCHMARKS / "results" / "adaptive-evaluation.json").read_text())["rows"]
+
+
+def test_the_tables_are_rendered_from_the_results(script, rows):
+    page = (BENCHMARKS / "results" / "adaptive-evaluation.md").read_text()
+    for eps in script.RADII:
+        assert script.table(rows, eps) in page
+
+
+def test_accuracies_and_intervals_follow_from_the_images(rows):
+    for row in rows:
+        for name, counts in row["right_draws"].items():
+            assert len(counts) == row["images"]
+            assert 100 * sum(counts) / (row["draws"] * row["images"]) == pytest.approx(row["accuracy"][name], abs=0.01)
+        worst, (low, high) = row["accuracy"]["worst case"], row["interval"]["worst case"]
+        assert low <= worst <= high and worst <= min(row["accuracy"].values())
+
+
+def test_the_readmes_headline_is_what_the_results_say(rows):
+    readme = (BENCHMARKS.parent / "README.md").read_text()
+    lines = re.findall(r"^\| (\S.*) \| (normal|PGD) \| .* \| \*\*([\d.]+) / ([\d.]+)\*\* \|", readme, re.MULTILINE)
+    assert len(lines) >= 3
+    for defence, kind, *shown in lines:
+        for eps, value in zip((8, 25), shown, strict=True):
+            found = [
+                row["accuracy"]["worst case"]
+                for row in rows
+                if row["defence"].startswith(defence) and row["eps"] == eps
+                and row["classifier"].endswith("resnet") == (kind == "normal")
+            ]  # fmt: skip
+            assert found and f"{found[0]:.1f}" == value
