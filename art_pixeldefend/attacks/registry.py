@@ -14,6 +14,7 @@ from art_pixeldefend.attacks.budget import bim_steps, level
 from art_pixeldefend.attacks.carlini_wagner import CarliniWagnerLInf
 from art_pixeldefend.attacks.clipped import Clipped
 from art_pixeldefend.attacks.deep_fool import DeepFoolLInf
+from art_pixeldefend.attacks.detector_aware import DetectorAware
 from art_pixeldefend.attacks.random_noise import RandomNoise
 from art_pixeldefend.attacks.square import Square
 from art_pixeldefend.validation import check_eps
@@ -34,6 +35,7 @@ class Attack:
         note: a remark for the tables that show it.
         settings: the further settings that a threat may change: of ``"eot"``, ``"restarts"``, ``"steps"``, ``"loss"``
             and ``"targets"``.
+        needs: settings without which it cannot be built, so that no grid can run it.
         version: to be raised when its images change; stored images of earlier versions are then made again.
 
     Example:
@@ -50,6 +52,7 @@ class Attack:
     true_labels: bool = False
     note: str = ""
     settings: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
     version: int = 1
 
     def gradients(self, eps: int) -> int:
@@ -103,6 +106,12 @@ def _square(classifier: Any, eps: int, batch_size: int, seed: int, **settings: A
 
 ADAPTIVE = ("eot", "restarts", "steps", "loss", "targets")
 
+
+def _detector_aware(classifier: Any, eps: int, batch_size: int, seed: int, **settings: Any) -> EvasionAttack:
+    radius = eps * level(classifier)
+    return DetectorAware(classifier, eps=radius, batch_size=batch_size, seed=seed, **{"detector": None} | settings)
+
+
 # The costs of DeepFool and CW are means over Fashion-MNIST images and an undefended ResNet-62.
 ATTACKS: dict[str, Attack] = {
     "rand": Attack(_rand, "RAND", cost=0, sees_classifier=False),
@@ -136,6 +145,10 @@ ATTACKS: dict[str, Attack] = {
     "square": Attack(
         _square, "Square", cost=400, true_labels=True, settings=("steps",),
         note="1,000 queries without gradients, margins averaged over draws of a random defence",
+    ),
+    "detector-aware": Attack(
+        _detector_aware, "detector-aware", cost=250, true_labels=True, needs=("detector",),
+        note="DetectorAware: misclassified and not flagged",
     ),
 }  # fmt: skip
 PAPER = ("rand", "fgsm", "bim", "deepfool", "cw")  # those of PixelDefend's tables

@@ -202,9 +202,10 @@ def joint_p_values(
 ) -> np.ndarray:
     """Rank a combined score of an image among the combined scores of the calibration images.
 
-    An image and the N calibration images are ranked together by each score. The combined score is the sum over scores
-    of the reciprocal of the rank, counted from the most anomalous. It treats all N + 1 images alike, so that its
-    p-value is uniform for an image that is exchangeable with the others, however the scores depend on each other.
+    An image and the N calibration images are ranked together by each score. The combined score is minus the sum over
+    scores of the logarithm of the rank, counted from the most anomalous, as in Fisher's method. It treats all N + 1
+    images alike, so that its p-value is uniform for an image that is exchangeable with the others, however the scores
+    depend on each other.
 
     Args:
         scores: (M, K). NaN counts as higher than any number.
@@ -218,7 +219,7 @@ def joint_p_values(
     """
     count, number = calibration.shape
     values = np.where(np.isnan(scores), np.inf, scores)
-    ranked = np.sort(calibration, axis=0)
+    ranked, log = np.sort(calibration, axis=0), np.log(np.arange(1, count + 2))
     p_values = np.empty(len(scores))
     size = max(1, PIECE // max(1, count))
     for start in range(0, len(scores), size):
@@ -232,8 +233,8 @@ def joint_p_values(
                 low = np.searchsorted(ranked[:, k], column, side="right") + (test <= column)
                 high = np.minimum(high, low)
                 high_test = np.minimum(high_test, 1 + np.searchsorted(ranked[:, k], test[:, 0], side="right"))
-            of_calibration += 1 / high
-            of_images += 1 / high_test
+            of_calibration -= log[high - 1]
+            of_images -= log[high_test - 1]
         above = (of_calibration > of_images[:, None]).sum(axis=1)
         equal = (of_calibration == of_images[:, None]).sum(axis=1)
         p_values[part] = (1 + above + (equal if ties is None else np.floor(ties[part] * (equal + 1)))) / (count + 1)

@@ -18,6 +18,7 @@ from art_pixeldefend.detectors.conformal import harmonic_constant
 
 NODES = 48  # ranks between which p-values are interpolated, about; spaced evenly in log p
 CLOSE = 1e-9  # scores closer than this, relative to the largest one, count as equal
+BEYOND = 0.03  # weight of what is extrapolated, in a sum over scores
 TAIL = 0.1  # the share of calibration images from which the slope beyond the highest score is taken
 
 
@@ -45,7 +46,6 @@ class LogPValues:
         adjust: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> None:
         sides = [calibration, -calibration] if two_sided else [calibration]
-        self.sides = len(sides)
         self._nodes = [_nodes(side, adjust) for side in sides]
 
     def __call__(self, scores: Tensor) -> Tensor:
@@ -93,6 +93,7 @@ class JointLogPValues:
     """
 
     def __init__(self, calibration: np.ndarray, two_sided: Sequence[bool]) -> None:
+        self._least = -math.log(len(calibration) + 1)
         self._each = [LogPValues(calibration[:, k], sides) for k, sides in enumerate(two_sided)]
         self._combined = LogPValues(self._statistic(torch.from_numpy(calibration)).numpy())
 
@@ -101,9 +102,13 @@ class JointLogPValues:
         return self._combined(self._statistic(scores))
 
     def _statistic(self, scores: Tensor) -> Tensor:
-        """The logarithm of the sum of reciprocal ranks, up to a constant; the rank of the nearer end if two-sided."""
-        logs = [log_p(scores[:, k]) - math.log(log_p.sides) for k, log_p in enumerate(self._each)]
-        return torch.logsumexp(-torch.stack(logs, dim=1), dim=1)
+        """Minus the sum of the logarithms of the ranks, up to a constant.
+
+        No rank is below 1. What is extrapolated beyond hardly counts, but keeps a gradient.
+        """
+        logs = torch.stack([log_p(scores[:, k]) for k, log_p in enumerate(self._each)], dim=1)
+        beyond = (logs - self._least).clamp(max=0.0)
+        return -(logs - (1 - BEYOND) * beyond).sum(dim=1)
 
 
 def _nodes(calibration: np.ndarray, adjust: Callable[[np.ndarray], np.ndarray] | None) -> tuple[Tensor, Tensor]:

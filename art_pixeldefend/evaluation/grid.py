@@ -146,14 +146,15 @@ class Grid:
             check_count(name, getattr(self, name), least)
         for eps in self.eps:
             check_eps("eps", eps)
-        _check("attacks", self.attacks, ATTACKS)
+        runnable = [name for name, attack in ATTACKS.items() if not attack.needs]
+        _check("attacks", self.attacks, runnable)
         _check("recipe", (self.recipe,), RECIPES)
         _check("reference", (self.reference,), REFERENCES)
         for row in self.rows:
             _check("network", (row.network,), NETWORKS)
             _check("training", (row.training,), TECHNIQUES)
             _check("defence", (row.defence,), {"none": (), **self.defences})
-            _check("attacks", row.attacks or (), ATTACKS)
+            _check("attacks", row.attacks or (), runnable)
             self._check_threat(row)
             if row.delta is not None and not (row.adversarial and row.delta > 0):
                 raise ValueError(

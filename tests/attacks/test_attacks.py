@@ -22,6 +22,8 @@ from art_pixeldefend.attacks import (
 )
 from art_pixeldefend.attacks.budget import bim_steps, clip_to_ball
 from art_pixeldefend.attacks.training import frozen
+from art_pixeldefend.detectors import ConformalDetector, Score
+from art_pixeldefend.evaluation.grid import Grid, Row
 from art_pixeldefend.levels import from_levels, to_levels
 from art_pixeldefend.purifiers.logits import differentiable_logits
 
@@ -46,7 +48,21 @@ def predictions(estimator, x):
     return estimator.predict(x).argmax(axis=1)
 
 
+class Brightness(Score):
+    """The mean of an image."""
+
+    def score(self, x, generator):
+        return x.mean((1, 2, 3))
+
+
+def detector():
+    fitted = ConformalDetector(Brightness())
+    fitted.fit(images(count=50))
+    return fitted
+
+
 FAST = {
+    "detector-aware": {"detector": detector(), "steps": 5},
     "cw": {"max_iter": 30},
     "cw-art": {"max_iter": 3, "largest_const": 0.01, "const_factor": 100.0},
 }
@@ -66,7 +82,9 @@ def test_every_attack_stays_in_the_ball_and_on_the_8_bit_grid(name, clip_values)
     assert distance.max() > 0 or (name, clip_values[1]) == ("cw-art", 255.0)
 
 
-@pytest.mark.parametrize("name", [name for name in ATTACKS if name not in ("rand", "cw-art")])
+@pytest.mark.parametrize(
+    "name", [name for name in ATTACKS if name not in ("rand", "cw-art") and not ATTACKS[name].needs]
+)
 def test_every_attack_but_noise_fools_an_undefended_classifier(name):
     estimator, x = classifier(), images(count=8) * 0.6 + 0.2
     y = predictions(estimator, x)
@@ -79,6 +97,13 @@ def test_the_same_seed_gives_the_same_images(name):
     estimator, x = classifier(), images()
     first, second = (make_attack(name, estimator, 8, seed=3, **FAST.get(name, {})).generate(x) for _ in range(2))
     assert np.array_equal(first, second)
+
+
+def test_an_attack_that_needs_more_than_a_classifier_says_so_and_is_in_no_grid():
+    with pytest.raises(ValueError, match=r"^detector must be a ConformalDetector"):
+        make_attack("detector-aware", classifier(), 8)
+    with pytest.raises(ValueError, match=r"^attacks must be one of .*, got 'detector-aware'"):
+        Grid("digits", (Row("vgg"),), (8,), ("detector-aware",))
 
 
 def test_attacks_do_not_depend_on_clip_values():
