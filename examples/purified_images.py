@@ -1,9 +1,10 @@
-"""Draw the pictures of the README and the documentation: images clean, attacked and purified, with predictions.
+"""Draw the pictures of the README and the documentation: purified images with predictions, and ROC curves of detection.
 
     python examples/purified_images.py
 
-attacks the first Fashion-MNIST test images with ART's BIM within 8 of 255 levels, purifies them, and writes
-``docs/images/purified.png`` and ``docs/images/purifiers.png``. It takes half a minute and downloads nothing.
+attacks the first Fashion-MNIST test images with ART's BIM within 8 of 255 levels, purifies them, detects attacked ones,
+and writes ``purified.png``, ``purifiers.png`` and ``detection.png`` into ``docs/images``. It takes a minute or two and
+downloads nothing.
 """
 
 from collections.abc import Mapping
@@ -13,13 +14,29 @@ import numpy as np
 from art.attacks.evasion import BasicIterativeMethod
 from matplotlib.figure import Figure
 
-from art_pixeldefend import DeepImagePrior, ManifoldProjection, PixelDefend, ScorePurifier, classifiers, datasets
+from art_pixeldefend import (
+    DeepImagePrior,
+    ManifoldProjection,
+    PixelDefend,
+    PixelDefendDetector,
+    ScorePurifier,
+    classifiers,
+    datasets,
+)  # fmt: skip
+from art_pixeldefend.attacks import ATTACKS, make_attack
+from art_pixeldefend.evaluation import figures
 
 FOLDER = Path(__file__).parents[1] / "docs" / "images"
 
 
-def main(folder: Path = FOLDER, *, shown: int = 10) -> None:
-    """Attack, purify, draw."""
+def main(folder: Path = FOLDER) -> None:
+    """Draw all pictures."""
+    purification(folder)
+    detection(folder)
+
+
+def purification(folder: Path, shown: int = 10) -> None:
+    """Attack images, purify them with every purifier, and draw them with the classifier's predictions."""
     data = datasets.load("fashion-mnist-500")
     x, y = data.x_test[:shown].astype(np.float32) / 255, data.y_test[:shown]
     classifier = classifiers.as_art(classifiers.load("fashion-mnist-resnet"))
@@ -46,6 +63,19 @@ def main(folder: Path = FOLDER, *, shown: int = 10) -> None:
 
     draw("purified.png", {"clean": "clean", "attacked": "attacked", "PixelDefend": "purified"})
     draw("purifiers.png", {name: name for name in rows})
+
+
+def detection(folder: Path, images: int = 100, attacks: tuple[str, ...] = ("rand", "fgsm", "bim", "cw")) -> None:
+    """Attack images, and draw ROC curves of telling them from clean ones by their p-values, before purification."""
+    data, detector = datasets.load("fashion-mnist-500"), PixelDefendDetector("fashion-mnist")
+    classifier = classifiers.as_art(classifiers.load("fashion-mnist-resnet"))
+    detector.fit(data.calibration(detector.pixel_cnn).x.astype(np.float32) / 255)
+    x, y = data.x_test[:images].astype(np.float32) / 255, data.y_test[:images]
+    attacked = {
+        ATTACKS[name].title: make_attack(name, classifier, eps=8).generate(x, np.eye(10)[y]) for name in attacks
+    }
+    p_values = {name: detector.detect(images)[0]["p_values"] for name, images in {"clean": x, **attacked}.items()}
+    figures.roc_curves(folder / "detection.png", p_values.pop("clean"), p_values, title="attacked within 8 levels")
 
 
 if __name__ == "__main__":

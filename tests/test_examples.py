@@ -19,8 +19,9 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def test_the_pictures_of_readme_and_site_can_be_drawn(tmp_path):
-    script("purified_images").main(tmp_path, shown=2)
-    for name in ("purified.png", "purifiers.png"):
+    script("purified_images").purification(tmp_path, shown=2)
+    script("purified_images").detection(tmp_path, images=4, attacks=("rand", "fgsm"))
+    for name in ("purified.png", "purifiers.png", "detection.png"):
         assert Image.open(tmp_path / name).format == Image.open(EXAMPLES.parent / "docs" / "images" / name).format
 
 

@@ -202,7 +202,7 @@ def certified_accuracy(path: str | PathLike[str], radii: Mapping[str, np.ndarray
         ax.step([*steps, steps[-1]], [*accuracy, 0], where="pre", lw=1.4, label=name)
     ax.set(xlabel="L2 radius", ylabel="certified accuracy (%)", ylim=(0, 100), xlim=(0, None))
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     _save(figure, path)
 
 
