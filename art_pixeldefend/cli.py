@@ -533,6 +533,10 @@ def evaluate(
     norm: Annotated[str, typer.Option(help="Linf or L2")] = "Linf",
     budget: Annotated[str, typer.Option(help="quick for development; standard or full to report")] = "quick",
     images: Annotated[int, typer.Option(help="test images, from the first on")] = 100,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(help="result of an adversarially trained classifier without a defence, by --out", dir_okay=False),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file for the result", dir_okay=False)] = None,
     folder: Annotated[Path | None, typer.Option(help="keeps finished attacks, so that a stopped run continues")] = None,
     seed: Annotated[int, typer.Option(help="of everything random")] = 0,
@@ -543,7 +547,7 @@ def evaluate(
 ) -> None:
     """Attack a classifier behind a defence, print the accuracy that is left, and what it cannot claim."""
     from art_pixeldefend import classifiers, datasets, purifiers
-    from art_pixeldefend.evaluation import evaluate_robustness
+    from art_pixeldefend.evaluation import Evaluation, evaluate_robustness
     from art_pixeldefend.evaluation.preprocessors import preprocessor
     from art_pixeldefend.files import check_file
     from art_pixeldefend.levels import UNIT, from_levels
@@ -561,7 +565,8 @@ def evaluate(
     train = found.x_train[:1000]
     result = evaluate_robustness(
         model, purifier, x, y, eps=eps / 255 if norm == "Linf" else eps, norm=norm, budget=budget, folder=folder,
-        surrogate_images=from_levels(train, UNIT) if len(train) else None, seed=seed, batch_size=batch_size,
+        surrogate_images=from_levels(train, UNIT) if len(train) else None,
+        baseline=None if baseline is None else Evaluation.load(baseline), seed=seed, batch_size=batch_size,
         verbose=verbose,
     )  # fmt: skip
     if out:

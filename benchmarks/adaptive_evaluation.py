@@ -91,14 +91,19 @@ def measure(
         began = time.process_time()
         purifier(x)
         rate = count / (time.process_time() - began)
+    common: dict[str, Any] = {
+        "eps": eps / 255, "folder": work / "evaluations",
+        "surrogate_images": data.x_train[:SURROGATE_IMAGES].astype(np.float32) / 255,
+    }  # fmt: skip
+    baseline = None
+    if purifier is not None:
+        trained = classifiers.load(f"{NORMAL}-pgd-{eps}")
+        baseline = evaluate_robustness(trained, None, x, y, budget=budget, **common)
     attacks: Any = budget
     if defence.left_out:
         subject = Subject(network, purifier, x)
         attacks = [p for p in plan(subject, budget, Ball(eps / 255)) if p.name not in defence.left_out]
-    found = evaluate_robustness(
-        network, purifier, x, y, eps=eps / 255, budget=attacks, folder=work / "evaluations",
-        surrogate_images=data.x_train[:SURROGATE_IMAGES].astype(np.float32) / 255,
-    )  # fmt: skip
+    found = evaluate_robustness(network, purifier, x, y, budget=attacks, baseline=baseline, **common)
     alarms = [f"{finding.name}: {finding.text}" for finding in found.diagnostics if finding.alarm]
     row = {
         "defence": defence.name, "classifier": classifier, "eps": eps, "images": count, "budget": budget,

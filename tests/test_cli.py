@@ -562,6 +562,10 @@ def test_a_torchscript_classifier_behind_a_defence_is_evaluated(torchscript, tmp
     assert [attack["name"] for attack in found["attacks"]] == ["clean", "blind", "transfer", "BPDA", "exact", "Square"]
     assert "worst case" in shown and "8/255 (Linf)" in shown and "ScoreDenoiser" in shown
     assert "exists" in fails("evaluate", "digits", "--classifier", torchscript, "--out", tmp_path / "r.json")
+    again = succeeds(
+        "evaluate", "digits", "--classifier", torchscript, "--images", 4, "--baseline", tmp_path / "r.json"
+    )
+    assert "without a defence is as robust" in again and "no baseline" not in again
 
 
 def test_a_state_dict_and_an_import_path_are_evaluated(tmp_path, monkeypatch):

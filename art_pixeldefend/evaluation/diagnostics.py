@@ -33,16 +33,17 @@ class Finding:
 
     Args:
         name: of the check.
-        alarm: whether the accuracies cannot be trusted for this reason.
+        alarm: whether the accuracies cannot be trusted for this reason; None if it was not checked.
         text: what was found.
     """
 
     name: str
-    alarm: bool
+    alarm: bool | None
     text: str
 
     def __str__(self) -> str:
-        return f"{'WARNING' if self.alarm else 'ok'}: {self.name}: {self.text}"
+        kind = {True: "WARNING", False: "ok", None: "not checked"}[self.alarm]
+        return f"{kind}: {self.name}: {self.text}"
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def absurd_radius(context: Context) -> Finding:
         eps *= float(np.prod(context.x.shape[1:]) ** 0.5)
     right = np.flatnonzero(context.results[CLEAN].right(context.y, "vote"))[:SOME]
     if not len(right):
-        return Finding("accuracy at an absurd radius", False, "no image is right to begin with")
+        return Finding("accuracy at an absurd radius", None, "no image is right to begin with")
     attack = AdaptivePGD(
         subject.defended, norm=context.ball.norm, eps=eps, steps=20, gradient=context.gradient, loss="ce",
         eot=4 if subject.stochastic else 1, seed=derived_seed(context.seed, "absurd"), batch_size=subject.batch_size,
@@ -180,7 +181,7 @@ def off_grid(context: Context) -> Finding:
     name = "images off the 8-bit grid"
     through = [n for n, r in context.results.items() if r.threat is not None]
     if not through:
-        return Finding(name, False, "there is no attack")
+        return Finding(name, None, "there is no attack")
     strongest = min(through, key=lambda n: context.results[n].right(context.y).mean())
     images = context.attacked[strongest]
     rounded = from_levels(to_levels(images, clip_values), clip_values, images.dtype)
@@ -205,7 +206,7 @@ def weaker_than_baseline(worst_case: float, baseline: Evaluation | None) -> Find
     """
     name = "an adversarially trained classifier without a defence is as robust"
     if baseline is None:
-        return Finding(name, False, "no baseline was given")
+        return Finding(name, None, "no baseline was given")
     text = f"{100 * baseline.worst_case:.1f}% against {100 * worst_case:.1f}%"
     return Finding(name, baseline.worst_case >= worst_case, text)
 

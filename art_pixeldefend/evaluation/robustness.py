@@ -298,6 +298,8 @@ def evaluate_robustness(
     low, high = subject.clip_values
     if images.min() < low - 1e-6 or images.max() > high + 1e-6:
         raise ValueError(f"x must be in {low:g}..{high:g}, got {images.min():g}..{images.max():g}")
+    if baseline is not None and not np.array_equal(baseline.y, labels):
+        raise ValueError("baseline must be an evaluation of the same images")
     attacks = plan(subject, budget, ball, eot) if isinstance(budget, str) else list(budget)
     if draws is None:
         draws = 20 if budget == BUDGETS[2] else 10

@@ -82,6 +82,7 @@ def undefended(evaluate, nearest_mean):
 def test_an_undefended_classifier_raises_no_alarm(undefended):
     assert {finding.name for finding in undefended.diagnostics} == set(NAMES.values())
     assert alarms(undefended) == set()
+    assert [f.name for f in undefended.diagnostics if f.alarm is None] == [NAMES["weaker_than_baseline"]]
     assert undefended.worst_case < undefended.clean - 0.2
 
 
@@ -157,10 +158,11 @@ def test_a_baseline_that_is_as_robust_raises_an_alarm(undefended):
     finding = diagnostics.weaker_than_baseline(undefended.worst_case, undefended)
     assert finding.alarm
     assert not diagnostics.weaker_than_baseline(undefended.worst_case + 0.01, undefended).alarm
-    assert not diagnostics.weaker_than_baseline(0.0, None).alarm
+    assert diagnostics.weaker_than_baseline(0.0, None).alarm is None
 
 
 def test_a_finding_says_in_one_line_whether_it_is_an_alarm():
     finding = diagnostics.Finding("random output", True, "two passes differ")
     assert str(finding) == "WARNING: random output: two passes differ"
     assert str(replace(finding, alarm=False)).startswith("ok: ")
+    assert str(replace(finding, alarm=None)).startswith("not checked: ")

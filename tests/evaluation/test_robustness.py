@@ -305,6 +305,7 @@ def plan_of_pgd():
         ({"budget": "huge"}, "budget"), ({"eps": -1}, "eps"), ({"seed": -1}, "seed"), ({"count": 0}, "x must"),
         ({"batch_size": 0}, "batch_size"), ({"purifier": AddNoise(), "draws": 3}, "draws"),
         ({"budget": [plan_of_pgd(), plan_of_pgd()]}, "budget"),
+        ({"baseline": Evaluation(np.zeros(3), {}, [], {})}, "baseline"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_named(arguments, name, evaluate):
