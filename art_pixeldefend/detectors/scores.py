@@ -194,8 +194,9 @@ class LikelihoodRatio(Score):
 
         (log p_background(x) - log p(x)) / (C H W log 2)
 
-    The background model, trained on images with random sub-pixels, accounts for what any image has in common (Ren et
-    al. 2019, arXiv:1906.02845). Values between levels are those of :class:`Likelihood`.
+    The background model, trained on images with random sub-pixels by
+    :class:`~art_pixeldefend.models.pixelcnnpp.background.BackgroundLoss`, accounts for what any image has in common
+    (Ren et al. 2019, arXiv:1906.02845). Values between levels are those of :class:`Likelihood`.
 
     Args:
         model: a :class:`PixelCNNpp`, the name of a bundled one, or the path of one.
