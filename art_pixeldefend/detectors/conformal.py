@@ -178,8 +178,9 @@ def q_values_of(p_values: np.ndarray, method: str) -> np.ndarray:
 
     Args:
         p_values: of the images (M,).
-        method: ``"bh"``: Benjamini-Hochberg; ``"storey"``: the same times an estimate of the share of clean images;
-            ``"by"``: Benjamini-Yekutieli, for p-values of any dependence.
+        method: ``"bh"``: Benjamini-Hochberg; ``"storey"``: the same times Storey's estimate of the share of clean
+            images, which may be above 1 (bounded by 1, it would not control the rate); ``"by"``: Benjamini-Yekutieli,
+            for p-values of any dependence.
 
     Returns:
         (M,), at most 1. Flagging those of at most q bounds the expected share of clean images among the flagged by q.
@@ -194,7 +195,7 @@ def q_values_of(p_values: np.ndarray, method: str) -> np.ndarray:
     if method != "storey":
         return q_values
     clean = (1 + (p_values > STOREY).sum()) / (len(p_values) * (1 - STOREY))
-    return np.minimum(q_values * min(clean, 1.0), 1.0)
+    return np.minimum(q_values * clean, 1.0)
 
 
 def joint_p_values(

@@ -249,8 +249,9 @@ class ConformalDetector(EvasionDetector):
             x: images (N, C, H, W) or (N, H, W, C) within ``clip_values``.
             q: the false discovery rate, 0 < q <= 1.
             method: ``"bh"``: Benjamini-Hochberg. ``"storey"``: the same with an estimate of the share of clean images,
-                which flags more if many are adversarial. Both are proven for a single score (Bates et al. 2023,
-                arXiv:2104.08279), whose p-values depend on each other through the calibration images only.
+                which flags more if many are adversarial, and fewer if hardly any are. Both are proven for a single
+                score (Bates et al. 2023, arXiv:2104.08279), whose p-values depend on each other through the
+                calibration images only.
                 ``"by"``: Benjamini-Yekutieli, for any dependence, and so for any combination of scores.
             batch_size: images scored at a time, if not the detector's own.
 

@@ -13,6 +13,7 @@ from art_pixeldefend.detectors.conformal import (
     harmonic_constant,
     joint_p_values,
     least_calibration_images,
+    q_values_of,
 )
 
 scores = st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=30)
@@ -85,6 +86,30 @@ def test_random_ties_give_no_larger_p_values_than_conservative_ones(values, cali
     random = conformal_p_values(values, calibration, two_sided=two_sided, ties=ties)
     assert (random <= conformal_p_values(values, calibration, two_sided=two_sided)).all()
     assert (random >= 1 / (len(calibration) + 1)).all() and (random <= 1).all()
+
+
+# False discovery rates
+
+
+@pytest.mark.parametrize("method", ["bh", "storey"])
+@pytest.mark.parametrize(("size", "q"), [(10, 0.3), (40, 0.2)])
+def test_batches_of_clean_images_are_flagged_in_at_most_a_share_q(method, size, q):
+    """In a batch without adversarial images every discovery is false: the rate is the share of batches with one."""
+    rng, trials, flagged = np.random.default_rng(0), 4000, 0
+    for _ in range(trials):
+        p_values = conformal_p_values(rng.random(size), rng.random(999))
+        flagged += bool((q_values_of(p_values, method) <= q).any())
+    assert stats.binomtest(flagged, trials, q, "greater").pvalue > 1e-3
+    assert flagged > 0.7 * q * trials
+
+
+@given(p_values=st.lists(st.floats(1e-6, 1), min_size=1, max_size=20))
+@settings(max_examples=100, deadline=None)
+def test_storeys_q_values_are_benjamini_hochbergs_times_the_estimated_share_of_clean_images(p_values):
+    p_values = np.array(p_values)
+    clean = (1 + sum(p > 0.5 for p in p_values)) / (len(p_values) / 2)
+    expected = np.minimum(q_values_of(p_values, "bh") * clean, 1)
+    np.testing.assert_allclose(q_values_of(p_values, "storey"), expected)
 
 
 # Combinations
