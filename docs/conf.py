@@ -77,7 +77,7 @@ def section(text: str, heading: str) -> str:
     """What stands below a heading of the second level."""
     found = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
     if not found:
-        raise ValueError(f"benchmarks/README.md has no section {heading!r}")
+        raise ValueError(f"there is no section {heading!r}")
     return found[1]
 
 
@@ -114,6 +114,8 @@ def generate() -> None:
         write(f"parts/{heading.lower().replace(' ', '-')}.md", section(benchmarks, heading))
     for script in ("score_purification", "manifold_defense", "deep_image_prior"):
         write(f"parts/{script}.md", rows(benchmarks, script))
+    models = section(relinked((ROOT / "README.md").read_text(), "README.md"), "Models")
+    write("parts/models.md", "\n".join(line for line in models.splitlines() if line.startswith("|")) + "\n")
     (GENERATED / "pictures").mkdir(exist_ok=True)
     for picture in (ROOT / "benchmarks/results").glob("*.png"):
         shutil.copy(picture, GENERATED / "pictures" / picture.name)
