@@ -386,10 +386,10 @@ class _Runner:
         return kept
 
     def _found(self) -> tuple[np.ndarray, np.ndarray]:
-        """Images that most draws misclassify, where an attack has found one; and which images are left, (N,)."""
+        """Images that all draws misclassify, where an attack has found one; and which images are left, (N,)."""
         best, left = self.x.copy(), np.ones(len(self.x), bool)
         for name, result in self.results.items():
-            fallen = left & (result.right(self.y, "vote") == 0)
+            fallen = left & (result.right(self.y) == 0)
             best[fallen], left[fallen] = self.attacked[name][fallen], False
         return best, left
 

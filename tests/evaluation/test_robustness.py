@@ -294,6 +294,34 @@ def test_survivors_are_what_no_attack_before_has_found(evaluate):
     assert found.accuracy("second") == found.accuracy("PGD")
 
 
+class Coin(nn.Module):
+    """Class 1 with the probability of the first pixel's value, otherwise class 0."""
+
+    def forward(self, x):
+        one = (torch.rand(len(x)) < x[:, 0, 0, 0]).float()
+        return torch.stack([1 - one, one], 1) + 0 * x.flatten(1)[:, :2]
+
+
+def set_first_pixel(value):
+    def run(subject, x, *_):
+        changed = x.copy()
+        changed[:, 0, 0, 0] = value
+        return changed, {}
+
+    return run
+
+
+def test_images_that_an_attack_fools_in_some_draws_only_are_attacked_further():
+    x, y = np.full((20, 1, 2, 2), 0.2, np.float32), np.zeros(20, int)
+    attacks = [
+        Planned("in most draws", Threat("everything"), set_first_pixel(0.75)),
+        Planned("in all draws", Threat("everything"), set_first_pixel(1.0), survivors=True),
+    ]
+    found = evaluate_robustness(Coin(), None, x, y, eps=1.0, budget=attacks, draws=20, verbose=False)
+    assert found.accuracy("in most draws") > 0.1
+    assert found.worst_case == found.accuracy("in all draws") == 0
+
+
 def plan_of_pgd():
     return Planned("PGD", Threat("everything", steps=10), protocol.adaptive_pgd)
 
