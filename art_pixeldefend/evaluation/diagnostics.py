@@ -77,7 +77,7 @@ class Context:
     def gradient(self) -> str | None:
         """The backward pass of the attack through the defence that found most."""
         through = [r for r in self.results.values() if r.threat is not None and r.threat.sees == "everything"]
-        usable = [r for r in through if r.threat is not None and r.threat.gradient != "surrogate"]
+        usable = [r for r in through if r.threat is not None and r.threat.gradient not in ("surrogate", "latent")]
         if not usable:
             return None
         threat = min(usable, key=lambda r: r.right(self.y).mean()).threat

@@ -170,8 +170,9 @@ class Grid:
 
     def _check_threat(self, row: Row) -> None:
         """Check that the row's attacks can do what its threat says."""
-        if row.threat.detector or row.threat.gradient == "surrogate":
-            raise ValueError(f"threat of {row.name} must have no detector and no surrogate, which no grid supports")
+        if row.threat.detector or row.threat.gradient in ("surrogate", "latent"):
+            unsupported = "detector, surrogate or latent gradient"
+            raise ValueError(f"threat of {row.name} must have no {unsupported}: no grid supports them")
         for attack in self.attacks_of(row):
             unknown = set(row.threat.settings) - set(ATTACKS[attack].settings)
             if ATTACKS[attack].sees_classifier and unknown:

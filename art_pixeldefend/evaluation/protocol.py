@@ -16,14 +16,14 @@ from art.defences.preprocessor.preprocessor import PreprocessorPyTorch
 from art.estimators.classification import PyTorchClassifier
 from torch import nn
 
-from art_pixeldefend.attacks import AdaptivePGD, Square, auto_attack, fit_surrogate, make_attack
+from art_pixeldefend.attacks import AdaptivePGD, LatentAttack, Square, auto_attack, fit_surrogate, make_attack
 from art_pixeldefend.attacks.budget import scalar_clip_values
 from art_pixeldefend.attacks.through import purifiers_of
 from art_pixeldefend.classifiers.training import seeded
 from art_pixeldefend.evaluation.preprocessors import Sequential
 from art_pixeldefend.evaluation.threat import Threat
 from art_pixeldefend.levels import LEVELS, from_levels, to_levels
-from art_pixeldefend.purifiers import PurifiedModel, Purifier
+from art_pixeldefend.purifiers import ManifoldProjection, PurifiedModel, Purifier
 
 BUDGETS = ("quick", "standard", "full")
 AGAIN = "again"  # the attack that repeats the strongest one with twice the effort
@@ -204,6 +204,16 @@ def bim(subject: Subject, x: np.ndarray, y: np.ndarray, threat: Threat, ball: Ba
     return attack.generate(x, np.eye(estimator.nb_classes, dtype=np.float32)[y]), {}
 
 
+def latent(subject: Subject, x: np.ndarray, y: np.ndarray, threat: Threat, ball: Ball, seed: int) -> Attacked:
+    """Run LatentAttack on a projection onto a generator's range."""
+    attack = LatentAttack(
+        subject.defended, norm=ball.norm, eps=ball.eps, steps=threat.steps or 200, draws=threat.eot, seed=seed,
+        batch_size=subject.batch_size,
+    )  # fmt: skip
+    attacked = attack.generate(x, y)
+    return _on_grid(subject, x, attacked), {"queries": float(attack.queries.mean())}
+
+
 def square(subject: Subject, x: np.ndarray, y: np.ndarray, threat: Threat, ball: Ball, seed: int) -> Attacked:
     """Run Square, which sees logits only; of a random defence, means over ``eot`` draws."""
     attack = Square(
@@ -211,9 +221,17 @@ def square(subject: Subject, x: np.ndarray, y: np.ndarray, threat: Threat, ball:
         batch_size=subject.batch_size,
     )  # fmt: skip
     attacked = attack.generate(x, y)
-    if subject.eight_bit:
-        attacked = from_levels(to_levels(attacked, subject.clip_values), subject.clip_values, attacked.dtype)
-    return attacked, {"queries": float(attack.queries.mean())}
+    return _on_grid(subject, x, attacked), {"queries": float(attack.queries.mean())}
+
+
+def _on_grid(subject: Subject, x: np.ndarray, attacked: np.ndarray) -> np.ndarray:
+    """The attacked images, as 8-bit images if ``x`` are: each value at the next level in the direction of ``x``."""
+    if not subject.eight_bit:
+        return attacked
+    low, high = subject.clip_values
+    change = ((attacked.astype(np.float64) - x) / (high - low) * (LEVELS - 1)).round(3)
+    levels = to_levels(x, subject.clip_values) + np.trunc(change)
+    return from_levels(levels.astype(np.uint8), subject.clip_values, attacked.dtype)
 
 
 def public_auto_attack(
@@ -263,9 +281,12 @@ def plan(subject: Subject, budget: str, ball: Ball, eot: int | None = None) -> l
     gradients = subject.gradients()
     best = replace(through, gradient="identity") if gradients else through
     attacks.append(Planned("PGD" if subject.undefended else "BPDA", best, adaptive_pgd))
-    if better := next((g for g in ("exact", "implicit") if g in gradients), None):
+    for better in (g for g in ("exact", "implicit") if g in gradients):
         best = replace(through, gradient=better, steps=(10, 50, 100)[level])
         attacks.append(Planned(better, best, adaptive_pgd, survivors=level == 0))
+    if [type(p) for p in subject.purifiers] == [ManifoldProjection]:
+        latents = replace(through, gradient="latent", restarts=1, steps=(50, 200, 500)[level], loss=None)
+        attacks.append(Planned("latent", latents, latent, survivors=True))
     if level and len(subject.purifiers) == 1 and "exact" not in gradients and subject.surrogate_images is not None:
         fitted = replace(through, gradient="surrogate", loss="margin")
         attacks.append(Planned("surrogate", fitted, adaptive_pgd, survivors=True))

@@ -9,7 +9,7 @@ from art_pixeldefend.validation import check_count
 
 SEES = ("classifier", "scores", "everything")
 TOLD = ("eot", "restarts", "steps", "loss", "targets")
-GRADIENTS = ("identity", "exact", "implicit", "surrogate")
+GRADIENTS = ("identity", "exact", "implicit", "surrogate", "latent")
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Threat:
         sees: ``"classifier"``: the classifier without its defence, as in most papers before 2020. ``"scores"``: the
             logits of both together, without gradients. ``"everything"``: both, with gradients.
         gradient: the defence's backward pass: ``"identity"`` (BPDA: Athalye et al. 2018, arXiv:1802.00420),
-            ``"exact"``, ``"implicit"``, or that of a ``"surrogate"`` network; None: the one that the defence declares.
+            ``"exact"``, ``"implicit"``, that of a ``"surrogate"`` network, or, of a projection onto a generator's
+            range, that of the generator (``"latent"``); None: the one that the defence declares.
         eot: draws of the defence's random numbers that each gradient is averaged over.
         restarts: runs from different random starts.
         steps: of gradient ascent, or queries; None for the attack's own number.

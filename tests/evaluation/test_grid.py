@@ -72,6 +72,7 @@ def test_cells_name_themselves():
     [
         (Threat("everything", steps=5), "bim", "steps for bim"),
         (Threat("everything", "surrogate"), "apgd", "surrogate"),
+        (Threat("everything", "latent"), "apgd", "latent"),
         (Threat("everything", detector=True), "apgd", "detector"),
     ],
 )

@@ -15,7 +15,8 @@ from art_pixeldefend.evaluation.protocol import Ball, Planned, Subject, plan
 from art_pixeldefend.evaluation.robustness import AttackResult, Evaluation, evaluate_robustness
 from art_pixeldefend.evaluation.store import Store
 from art_pixeldefend.evaluation.threat import Threat
-from art_pixeldefend.purifiers import PurifiedModel, Purifier
+from art_pixeldefend.models.generator import VAE
+from art_pixeldefend.purifiers import ManifoldProjection, PurifiedModel, Purifier
 
 EPS = 40 / 255
 
@@ -320,6 +321,41 @@ def test_images_that_an_attack_fools_in_some_draws_only_are_attacked_further():
     found = evaluate_robustness(Coin(), None, x, y, eps=1.0, budget=attacks, draws=20, verbose=False)
     assert found.accuracy("in most draws") > 0.1
     assert found.worst_case == found.accuracy("in all draws") == 0
+
+
+def projection():
+    torch.manual_seed(0)
+    return ManifoldProjection(VAE((1, 8, 8), latent_size=4), steps=3)
+
+
+@pytest.mark.parametrize("budget", protocol.BUDGETS)
+@pytest.mark.parametrize("purifier", [Round(), AddNoise(), projection()], ids=["round", "noise", "projection"])
+def test_a_defence_is_attacked_by_all_of_its_gradients(purifier, budget, digits_images, nearest_mean):
+    planned = plan(Subject(nearest_mean, purifier, digits_images[0]), budget, Ball(EPS))
+    assert {*purifier.gradients} <= {p.threat.gradient for p in planned}
+    assert ("latent" in [p.name for p in planned]) == isinstance(purifier, ManifoldProjection)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_the_latent_attack_returns_8_bit_images_in_the_ball(inside, digits_images, nearest_mean):
+    purifier, x = projection(), digits_images[0]
+    model = PurifiedModel(nearest_mean, purifier) if inside else nearest_mean
+    subject = Subject(model, None if inside else purifier, x)
+    (planned,) = [p for p in plan(subject, "quick", Ball(EPS)) if p.name == "latent"]
+    y = subject.logits(x[:4], 0).argmax(1)
+    images, facts = planned.run(subject, x[:4], y, replace(planned.threat, steps=10), Ball(EPS), 0)
+    levels = 255 * images.astype(np.float64)
+    assert np.abs(levels - levels.round()).max() < 1e-3 and facts["queries"] > 0
+    assert 0 < np.abs(images - x[:4]).max() <= EPS + 1e-6
+
+
+@pytest.mark.parametrize("eps", [0.1, 0.03])
+def test_a_radius_between_two_levels_is_not_exceeded_by_8_bit_images(eps, digits_images, nearest_mean):
+    subject, (x, y) = Subject(nearest_mean, None, digits_images[0]), digits_images
+    images, _ = protocol.square(subject, x, y, Threat("scores", steps=20), Ball(eps), 0)
+    levels = 255 * images.astype(np.float64)
+    assert np.abs(levels - levels.round()).max() < 1e-3
+    assert np.abs(images - x).max() == pytest.approx(np.floor(255 * eps) / 255, abs=1e-6)
 
 
 def plan_of_pgd():
