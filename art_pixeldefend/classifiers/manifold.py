@@ -28,9 +28,10 @@ class ManifoldAdversarialTrainer(RecipeTrainer):
         attack: the attack; its ``seed`` is not used.
         pairs: number of pairs in a search (the authors: 50).
         every: ordinary steps between searches (the authors: a search every 5 epochs for MNIST).
-        weight: of the pairs' loss (the authors: 0.01 for MNIST, 2 for CelebA, with Adam at 1e-4). Check the accuracy
-            on clean images: with a weight of 1 a ResNet for Fashion-MNIST came to give nearly all images one class
-            (``benchmarks/results/manifold-defense.md``), and such a classifier has few pairs, too.
+        weight: of the pairs' loss (the authors: 0.01 for MNIST, 2 for CelebA, with Adam at 1e-4). A larger one leaves
+            fewer confident pairs and a lower accuracy on clean images: with 0.2 a ResNet for Fashion-MNIST came to give
+            nearly all images one class (``benchmarks/results/manifold-defense.md``). The authors begin with an
+            adversarially trained classifier.
         recipe: how long and how fast; ``mixed_precision`` is not used.
         seed: of order, flips and pairs.
         verbose: show a progress bar.
