@@ -97,6 +97,17 @@ def rows(text: str, script: str) -> str:
     return "\n".join(f"| {line}" for line in shown) + "\n"
 
 
+def adaptive(text: str, purifier: str) -> str:
+    """The rows of a purifier in the tables of adaptive attacks, under their headings as captions."""
+    tables = re.findall(r"^## (Within .*?)\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
+    shown = []
+    for caption, table in tables:
+        header, rule, *body = [line for line in table.splitlines() if line.startswith("|")]
+        mine = [line for line in body if f"| {purifier}" in line]
+        shown += [f"{caption}:", "", header, rule, *mine, ""] if mine else []
+    return "\n".join(shown or ["Not measured yet."]) + "\n"
+
+
 def write(name: str, content: str) -> None:
     """Write a generated file."""
     path = GENERATED / name
@@ -108,12 +119,18 @@ def generate() -> None:
     """Write the pages of ``PAGES``, the parts of them that other pages include, and copies of all pictures."""
     shutil.rmtree(GENERATED, ignore_errors=True)
     for source, page in PAGES.items():
-        write(page, relinked((ROOT / source).read_text(), source))
+        title, _, text = relinked((ROOT / source).read_text(), source).partition("\n")
+        if page.startswith("results/"):  # some have equal titles
+            title += f" ({Path(page).stem})"
+        write(page, f"{title}\n{text}")
     benchmarks = relinked((ROOT / "benchmarks/README.md").read_text(), "benchmarks/README.md")
     for heading in ("Fashion-MNIST", "Detection", "Decoding speed"):
         write(f"parts/{heading.lower().replace(' ', '-')}.md", section(benchmarks, heading))
     for script in ("score_purification", "manifold_defense", "deep_image_prior"):
         write(f"parts/{script}.md", rows(benchmarks, script))
+    attacked = (ROOT / "benchmarks/results/adaptive-evaluation.md").read_text()
+    for purifier in ("PixelDefend", "ScorePurifier", "ScoreDenoiser", "ManifoldProjection", "DeepImagePrior"):
+        write(f"parts/adaptive/{purifier}.md", adaptive(attacked, purifier))
     models = section(relinked((ROOT / "README.md").read_text(), "README.md"), "Models")
     write("parts/models.md", "\n".join(line for line in models.splitlines() if line.startswith("|")) + "\n")
     (GENERATED / "pictures").mkdir(exist_ok=True)
