@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import typer
 from art.defences.preprocessor import FeatureSqueezing, Preprocessor
-from published import RESULTS, DataDir, Work, command
+from published import RESULTS, DataDir, Work
 
 from art_pixeldefend import (
     AdaptivePixelDefend,
@@ -178,15 +178,15 @@ def head(facts: dict[str, Any]) -> str:
     """Above the tables."""
     return f"""# Fashion-MNIST: purifiers under attacks that know them
 
-`{facts["command"]}`, {facts["date"]}, {facts["hardware"]}.
+`{facts["command"]}`, in calls with `--only` for some rows each, {facts["date"]}, {facts["hardware"]}.
 Accuracy in percent on the first test images, by `evaluate_robustness`; budget "quick" unless stated otherwise. Every
 accuracy is an **upper bound**: a stronger attack may find more. *blind*: the papers' way, BIM on the classifier without
 its defence, last iterates. *transfer*: AdaptivePGD on the same. *BPDA*: AdaptivePGD through the defence, whose gradient
 is taken for the identity (for no defence: its own gradient). *exact or implicit*: with that gradient, and *Square*,
-without any; both attack what the attacks to their left leave. *worst case*: each image under the attack that is
-strongest on it, with Clopper-Pearson intervals. Of random defences an accuracy is that of a single draw, from 10 draws
-an image that the attacks do not know. *PGD-8*, *PGD-25*: the classifiers trained on PGD within 8 and 25 levels.
-*images/s*: purified in a second of CPU time of one thread.
+without any; both attack only images that most draws still classify correctly. *worst case*: each image under the attack
+that is strongest on it, with Clopper-Pearson intervals. Of random defences an accuracy is that of a single draw, from
+10 draws an image that the attacks do not know. *PGD-8*, *PGD-25*: classifiers trained on PGD within 8 and 25 levels.
+*images/s*: purified in a second of CPU time of one thread.{facts["missing"]}
 
 """
 
@@ -222,8 +222,10 @@ def publish(rows: list[dict[str, Any]], results: Path) -> None:
     """Write the results as JSON, a row a line, and as Markdown."""
     order = {defence.name: i for i, defence in enumerate(DEFENCES)}
     rows = sorted(rows, key=lambda row: (row["eps"], order[row["defence"]], row["classifier"] != NORMAL))
+    missing = [d.name for d in DEFENCES if d.name not in {row["defence"] for row in rows}]
     facts = {
-        "command": command("adaptive_evaluation.py"), "date": date.today().isoformat(),
+        "missing": f" Not measured: {'; '.join(missing)}." if missing else "",
+        "command": "python benchmarks/adaptive_evaluation.py --work FOLDER", "date": date.today().isoformat(),
         "hardware": runner.hardware(), "versions": runner.versions(),
     }  # fmt: skip
     lines = ",\n".join(json.dumps(row) for row in rows)
