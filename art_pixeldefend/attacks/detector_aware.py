@@ -13,10 +13,11 @@ from art.estimators.classification import PyTorchClassifier
 from torch import Tensor
 
 from art_pixeldefend.attacks import losses
-from art_pixeldefend.attacks.adaptive_pgd import AdaptivePGD
+from art_pixeldefend.attacks.adaptive_pgd import SELECTION_DRAWS, AdaptivePGD
 from art_pixeldefend.attacks.budget import scalar_clip_values
-from art_pixeldefend.attacks.through import labels_of, per_image
+from art_pixeldefend.attacks.through import Evaluator, is_random, labels_of, per_image
 from art_pixeldefend.detectors import ConformalDetector, Likelihood
+from art_pixeldefend.levels import Images, to_levels
 from art_pixeldefend.purifiers import AdaptivePixelDefend
 from art_pixeldefend.validation import check_count, check_number
 
@@ -42,10 +43,10 @@ class DetectorAware(EvasionAttack):
     - ``"orthogonal"``: the same, each gradient projected to be orthogonal to the other one, so that a step towards one
       aim does not undo the other (the same authors).
 
-    Images are rounded to 8 bits before they are judged by the exact p-values. With :class:`AdaptivePixelDefend` in
-    place of a detector the attack makes misclassified images of fewer bits per dimension than its threshold, which it
-    does not purify; ``estimator`` is then the classifier without it. If ``estimator`` purifies, the attack is one on
-    purification and detection together.
+    Images are rounded to 8 bits before :meth:`~art_pixeldefend.detectors.ConformalDetector.detect` decides. With
+    :class:`AdaptivePixelDefend` in place of a detector the attack makes misclassified images of fewer bits per
+    dimension than its threshold, which it does not purify; ``estimator`` is then the classifier without it. If
+    ``estimator`` purifies, the attack is one on purification and detection together.
 
     Args:
         estimator: a PyTorch classifier with clip values whose outputs are logits.
@@ -63,7 +64,9 @@ class DetectorAware(EvasionAttack):
         verbose: show progress bars.
 
     Attributes:
-        success: (N,), whether an image that :meth:`generate` returned is misclassified and not flagged.
+        success: (N,), whether an image that :meth:`generate` returned is misclassified by ``estimator.predict`` and not
+            flagged by ``detector.detect``, which are given all images at once; in more than half of ten draws where
+            the random numbers of the estimator or the detector have no seed.
         methods_used: (N,), the position in ``methods`` of the one that succeeded; -1 for none.
 
     Raises:
@@ -130,7 +133,7 @@ class DetectorAware(EvasionAttack):
             if not len(left := np.flatnonzero(~self.success)):
                 break
             attacked[left] = self._attack(method).generate(x[left], labels[left], start=x[left])
-            self.success = self._succeeds(attacked, labels)
+            self.success = self._succeeds(attacked, labels, position)
             self.methods_used[self.success & (self.methods_used < 0)] = position
         return attacked
 
@@ -143,20 +146,33 @@ class DetectorAware(EvasionAttack):
             step_size=self.eps if self.step_size is None else self.step_size,
             schedule="cosine", along="gradient", momentum=MOMENTUM, loss=objective,
             success_criterion=objective.succeeds, eot=self.eot, gradient=self.gradient,
-            selection_draws=None if stochastic or self.eot > 1 else 1, round_to_levels=True,
+            selection_draws=None if stochastic or self.eot > 1 or is_random(self.estimator) else 1,
+            round_to_levels=True,
             seed=self.seed, batch_size=self.batch_size, verbose=self.verbose,
         )  # fmt: skip
 
-    def _succeeds(self, attacked: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Whether images at their places are misclassified and not flagged, as ``predict`` and ``detect`` say."""
-        wrong = self.estimator.predict(attacked, batch_size=self.batch_size).argmax(axis=1) != labels
-        unit = _to_unit(torch.from_numpy(attacked), self.estimator)
-        with torch.no_grad():
-            parts = [
-                self._constraint().scores_of(part, start=i * self.batch_size)
-                for i, part in enumerate(unit.split(self.batch_size))
-            ]
-        return wrong & ~self._constraint().flagged_of(torch.cat(parts).cpu().numpy()) if parts else wrong
+    def _succeeds(self, attacked: np.ndarray, labels: np.ndarray, position: int) -> np.ndarray:
+        """Whether images at their places are misclassified and not flagged, after the method at ``position``."""
+        if not is_random(self.estimator):
+            wrong = self.estimator.predict(attacked, batch_size=self.batch_size).argmax(axis=1) != labels
+        else:
+            images = _to_unit(torch.from_numpy(attacked), self.estimator).to(self.estimator.device)
+            y, everyone = torch.from_numpy(labels).to(images.device), torch.arange(len(images), device=images.device)
+            evaluator = Evaluator(self.estimator, y, self.seed, self.batch_size)
+            wrong = evaluator(images, everyone, SELECTION_DRAWS, (position,)).rate.cpu().numpy()
+        return wrong * (1 - self._flagged(attacked)) > 0.5
+
+    def _flagged(self, attacked: np.ndarray) -> np.ndarray:
+        """The share of draws in which images at their places are flagged, one draw unless they differ."""
+        images = torch.from_numpy(attacked)
+        if isinstance(self.detector, AdaptivePixelDefend):
+            constraint, parts = self._constraint(), _to_unit(images, self.estimator).split(self.batch_size)
+            with torch.no_grad():
+                return np.concatenate([constraint.flagged_of(constraint.scores_of(x).cpu().numpy()) for x in parts])
+        levels = to_levels(_to_unit(images, self.estimator))
+        given = Images(self.detector.image_shape, self.detector.clip_values).from_levels(levels, images).numpy()
+        draws = SELECTION_DRAWS if self.detector.seed is None else 1
+        return np.mean([self.detector.detect(given, batch_size=self.batch_size)[1] for _ in range(draws)], axis=0)
 
     def _constraint(self) -> Any:
         return _Threshold(self.detector) if isinstance(self.detector, AdaptivePixelDefend) else self.detector

@@ -52,6 +52,11 @@ def purifiers_of(estimator: Any) -> list[Purifier]:
     return list(dict.fromkeys(found))
 
 
+def is_random(estimator: Any) -> bool:
+    """Whether any purifier of a PyTorch classifier draws numbers that are not the same at every call."""
+    return any(p.stochastic and p.seed is None for p in purifiers_of(estimator))
+
+
 @contextmanager
 def backward_pass(purifiers: Sequence[Purifier], gradient: Any) -> Iterator[None]:
     """Let purifiers use a backward pass, as their argument ``gradient``, in the context; None for their own.
@@ -141,7 +146,7 @@ class Evaluator:
         self.seed = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
         self.low, self.high = scalar_clip_values(estimator)
         self.purifiers = purifiers_of(estimator)
-        self.random = any(p.stochastic and p.seed is None for p in self.purifiers)
+        self.random = is_random(estimator)
         self.queries = torch.zeros_like(y)
         self.gradients = self.zeros = self.nonfinite = 0
 

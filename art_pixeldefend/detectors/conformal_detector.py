@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,7 +38,6 @@ from art_pixeldefend.models.base import ImageModel
 from art_pixeldefend.validation import all_or_none, check_count, check_number
 
 KIND = "conformal-detector"
-TIES = 2**62  # the stream of the numbers that order ties; those below belong to images
 
 
 class ConformalDetector(EvasionDetector):
@@ -73,8 +73,9 @@ class ConformalDetector(EvasionDetector):
         clip_values: (minimum, maximum) of the images: levels 0 and 255.
         batch_size: images scored at a time.
         verbose: show progress bars.
-        seed: of ties and of stochastic scores: results are functions of the seed and an image's position in ``x``. None
-            draws a new seed from torch's global generator at each call.
+        seed: of ties, whose order is a function of the seed and the image's levels, and of stochastic scores, which are
+            functions of the seed and the image's position in ``x``. None draws a new seed from torch's global generator
+            at each call; use it for stochastic scores of images that are detected one by one.
 
     Attributes:
         calibration_scores: scores (N, K) of the calibration images; None before :meth:`fit`.
@@ -227,12 +228,11 @@ class ConformalDetector(EvasionDetector):
         self, batches: Iterable[Any], total: int | None, batch_size: int | None
     ) -> Iterator[tuple[dict, np.ndarray]]:
         seed, start = self._call_seed(1), 0
-        ties = self._ties(seed)
         with tqdm(total=total, unit="image", desc="detect", disable=not self.verbose) as bar:
             for batch in batches:
                 images, tensor = self._images(batch[0] if isinstance(batch, (tuple, list)) else batch)
                 scores = self._score(images, tensor, batch_size, seed, start, verbose=False)
-                yield self._decide(self._p_values(scores, ties))
+                yield self._decide(self._p_values(scores, self._ties(images, tensor, seed)))
                 start += len(scores)
                 bar.update(len(scores))
 
@@ -322,13 +322,14 @@ class ConformalDetector(EvasionDetector):
         return torch.stack([score(x, start=start, seed=seed).double() for score in self._scores], dim=1)
 
     def flagged_of(self, scores: np.ndarray) -> np.ndarray:
-        """Whether :meth:`detect` flags images of these scores (N, K); scores equal to calibration images' count lower.
+        """Whether :meth:`detect` flags images of these scores (N, K), or may flag them where ties are random.
 
         Raises:
             ValueError: if the detector has not been fitted.
         """
         self._check_fitted()
-        return self._decide(self._p_values(scores, None))[1]
+        ties = np.zeros((len(scores), len(self._scores) + 1)) if self._breaks_ties else None
+        return self._decide(self._p_values(scores, ties))[1]
 
     def margin_of(self, scores: Tensor) -> Tensor:
         """:meth:`margin`, of the scores (N, K) of images.
@@ -506,22 +507,35 @@ class ConformalDetector(EvasionDetector):
         """Scores and p-values of images."""
         self._check_fitted()
         seed = self._call_seed(1)
-        return self._p_values(self._score(*self._images(x), batch_size, seed), self._ties(seed))
+        images, tensor = self._images(x)
+        return self._p_values(self._score(images, tensor, batch_size, seed), self._ties(images, tensor, seed))
 
     def _check_fitted(self) -> None:
         if self.calibration_scores is None:
             raise ValueError("the detector must be fitted, with fit(x_calibration) or load(path), before it detects")
         self._check_params()  # attributes may have been set
 
-    def _ties(self, seed: int) -> np.random.Generator | None:
-        """The generator of the numbers that order ties; None if they are not random."""
-        return np.random.default_rng([seed, TIES]) if self.ties == "random" and not self.conditional else None
+    def _ties(self, images: Images, tensor: Tensor, seed: int) -> np.ndarray | None:
+        """Numbers (M, K + 1), uniform in [0, 1), that order ties: hashes of the seed and an image's levels."""
+        if not self._breaks_ties:
+            return None
+        number, prefix = len(self._scores) + 1, seed.to_bytes(16, "big")
+        levels = np.ascontiguousarray(images.to_levels(tensor).cpu().numpy())
+        hashes = [hashlib.shake_256(prefix + image.tobytes()).digest(8 * number) for image in levels]
+        return (np.frombuffer(b"".join(hashes), np.uint64) >> 11).reshape(-1, number) * 2.0**-53
 
-    def _p_values(self, scores: np.ndarray, ties: np.random.Generator | None) -> dict[str, np.ndarray]:
-        """The report: combined p-values (M,), those of each score (M, K), and the scores."""
+    @property
+    def _breaks_ties(self) -> bool:
+        """Whether random numbers order ties."""
+        return self.ties == "random" and not self.conditional
+
+    def _p_values(self, scores: np.ndarray, random: np.ndarray | None) -> dict[str, np.ndarray]:
+        """The report: combined p-values (M,), those of each score (M, K), and the scores.
+
+        The numbers ``random`` (M, K + 1), in [0, 1), order ties of each score and of the joint one, 0 being the first.
+        """
         assert self.calibration_scores is not None
-        calibration, number = self.calibration_scores, scores.shape[1]
-        random = None if ties is None else ties.random((len(scores), number + 1))
+        calibration = self.calibration_scores
         each = np.empty_like(scores)
         for k, two_sided in enumerate(self._sides):
             column, of_calibration = scores[:, k], calibration[:, k]

@@ -81,7 +81,8 @@ def false_alarms(
         order = rng.permutation(len(scores))
         part = copy.copy(detector)
         part.calibration_scores = scores[order[:half]]
-        p_values = part._p_values(scores[order[half:]], None if detector._ties(0) is None else rng)["p_values"]
+        ties = rng.random((tested, scores.shape[1] + 1)) if detector._breaks_ties else None
+        p_values = part._p_values(scores[order[half:]], ties)["p_values"]
         split[:] = [(p_values <= alpha).sum() for alpha in possible]
     return [
         FalseAlarms(alpha, counts[:, i], tested, _binomial(tested, alpha), _beta_binomial(tested, alpha, half))

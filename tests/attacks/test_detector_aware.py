@@ -7,7 +7,8 @@ from torch import nn
 from art_pixeldefend import AdaptivePixelDefend, ConformalDetector, ScorePurifier, datasets
 from art_pixeldefend.attacks import DetectorAware, make_attack
 from art_pixeldefend.classifiers import networks
-from art_pixeldefend.detectors import DenoisingError, Likelihood, ScoreNorm
+from art_pixeldefend.detectors import DenoisingError, Likelihood, Score, ScoreNorm
+from art_pixeldefend.purifiers import Purifier
 
 EPS, COUNT = 32, 16
 
@@ -135,6 +136,51 @@ def test_purification_and_detection_are_attacked_together(network, digits, test_
     attacked = attack.generate(x, y)
     assert attack.success.mean() > unnoticed(estimator, detector, blind, y).mean() + 0.1
     np.testing.assert_array_equal(attack.success, unnoticed(estimator, detector, attacked, y))
+
+
+class Coarse(Score):
+    """Differences of neighbouring pixels, in few steps, so that most images have the score of others."""
+
+    unit, params = "", ()
+
+    def score(self, x, generator):
+        values = (x[:, :, 1:] - x[:, :, :-1]).abs().mean((1, 2, 3))
+        return values + ((20 * values).round() / 20 - values).detach()
+
+
+@pytest.mark.parametrize("combine", ["bonferroni", "joint"])
+@pytest.mark.parametrize("ties", ["random", "conservative"])
+def test_success_is_what_the_detector_decides_about_tied_scores(combine, ties, network, digits):
+    x, y = (digits.x_test[:64] / 255).astype(np.float32), digits.y_test[:64]
+    estimator, detector = classifier(network), ConformalDetector(Coarse(), combine, 0.2, ties=ties)
+    detector.fit((digits.x_test[64:] / 255).astype(np.float32))
+    attack = DetectorAware(estimator, detector, eps=EPS / 255, steps=5, methods=["selective"], seed=0)
+    attacked = attack.generate(x, y)
+    np.testing.assert_array_equal(attack.success, unnoticed(estimator, detector, attacked, y))
+    tied = np.isin(detector.detect(attacked)[0]["scores"], detector.calibration_scores)
+    assert tied.mean() > 0.9 and 0 < attack.success.sum() < len(x)
+
+
+class Noise(Purifier):
+    stochastic, gradients = True, ("identity", "exact")
+
+    def purify(self, x, generator):
+        return (x + 0.4 * generator.normal(x.shape[1:])).clamp(0, 1)
+
+
+def test_success_against_a_random_classifier_is_success_in_most_draws(network, digits):
+    x, y = (digits.x_test[:40] / 255).astype(np.float32), digits.y_test[:40]
+    estimator, detector = classifier(network, preprocessing_defences=[Noise()]), fitted(Coarse(), digits, alpha=0.02)
+    attack = DetectorAware(estimator, detector, eps=8 / 255, steps=3, methods=["selective"], seed=0)
+    attacked = attack.generate(x, y)
+    torch.manual_seed(0)
+    fresh = np.mean([unnoticed(estimator, detector, attacked, y) for _ in range(60)], axis=0)
+    clear = np.abs(fresh - 0.5) > 0.3
+    assert (attack.success == (fresh > 0.5))[clear].mean() > 0.9
+    assert attack.success[clear].any() and not attack.success[clear].all()
+    first = attack.success
+    attack.generate(x, y)
+    np.testing.assert_array_equal(attack.success, first)
 
 
 def test_ranges_and_layouts_give_the_same_images(network, digits, test_images):

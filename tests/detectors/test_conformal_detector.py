@@ -77,6 +77,20 @@ def test_p_values_of_clean_images_are_uniform_for_any_score(scores):
     assert stats.chisquare(counts).pvalue > 1e-4
 
 
+@pytest.mark.parametrize("combine", COMBINATIONS)
+@pytest.mark.parametrize("seed", range(4))
+def test_ties_are_ordered_independently_for_images_that_are_detected_one_by_one(combine, seed):
+    x = images(300, seed=1)
+    detector = fitted([Pixel(0, sign=0.0)], combine=combine, alpha=0.2, seed=seed)
+    p_values = detector.detect(x)[0]["p_values"]
+    assert stats.binomtest(int((p_values <= 0.2).sum()), len(x), 0.2).pvalue > 1e-3
+    alone = [detector.detect(x[i : i + 1])[0]["p_values"][0] for i in range(30)]
+    np.testing.assert_array_equal(alone, p_values[:30])
+    levels = np.rint(x * 255).astype(np.uint8)
+    detector.set_params(clip_values=(0, 255))
+    np.testing.assert_array_equal(detector.detect(np.moveaxis(levels, 1, -1))[0]["p_values"], p_values)
+
+
 def test_a_combination_catches_what_one_score_misses():
     attacked = images(20, seed=5)
     attacked[:, 0, 0, 1] = 0.8
