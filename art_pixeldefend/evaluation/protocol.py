@@ -161,7 +161,8 @@ class Planned:
         name: unique in its evaluation.
         threat: what it sees and does.
         run: returns attacked images, and facts to report, for (subject, x, y, threat, ball, seed).
-        survivors: whether it starts from what the attacks before it found, and so attacks only what is left.
+        survivors: whether it starts from what the attacks before it found, and so attacks only what is left; if it
+            sees everything, from what those that see everything found.
         settings: what else its images follow from; JSON-serialisable.
     """
 

@@ -1,15 +1,17 @@
 """Each check raises an alarm for a defence that was built to trigger it, and none for an undefended classifier."""
 
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+from art.defences.preprocessor.preprocessor import PreprocessorPyTorch
 from torch import nn
 
 from art_pixeldefend.attacks import AdaptivePGD
 from art_pixeldefend.evaluation import diagnostics
-from art_pixeldefend.evaluation.protocol import Planned, adaptive_pgd, square
+from art_pixeldefend.evaluation.protocol import Ball, Planned, Subject, adaptive_pgd, plan, square
 from art_pixeldefend.evaluation.robustness import evaluate_robustness
 from art_pixeldefend.evaluation.threat import Threat
 
@@ -64,8 +66,9 @@ class Misleading(Masked):
 
 @pytest.fixture(scope="module")
 def evaluate(digits_images):
-    def evaluate(model, budget="quick", **arguments):
-        return evaluate_robustness(model, None, *digits_images, eps=EPS, budget=budget, verbose=False, **arguments)
+    def evaluate(model, budget="quick", purifier=None, **arguments):
+        settings = {"eps": EPS, "budget": budget, "verbose": False} | arguments
+        return evaluate_robustness(model, purifier, *digits_images, **settings)
 
     return evaluate
 
@@ -106,6 +109,29 @@ def test_a_defence_that_square_breaks_and_gradients_do_not_raises_an_alarm(evalu
     ]
     assert "black_box_is_stronger" in alarms(evaluate(Misleading(nearest_mean), attacks))
     assert "black_box_is_stronger" not in alarms(evaluate(nearest_mean, attacks))
+
+
+@pytest.mark.parametrize("budget", ["standard", "full"])
+def test_white_box_attacks_get_no_credit_for_what_others_found(budget, evaluate, digits_images, nearest_mean):
+    """Square runs before AutoAttack in the full budget, transferred images before all in both."""
+
+    class MisleadingPreprocessor(PreprocessorPyTorch):
+        params: ClassVar[list[str]] = []
+
+        def __init__(self):
+            super().__init__(is_fitted=True, apply_fit=False, apply_predict=True, device_type="cpu")
+
+        def forward(self, x, y=None):
+            return 2 * x.detach() - x, y
+
+    subject = Subject(nearest_mean, MisleadingPreprocessor(), digits_images[0])
+    planned = [replace(p, threat=replace(p.threat, restarts=1)) for p in plan(subject, budget, Ball(0.75 * EPS))]
+    fewer = [replace(p, threat=replace(p.threat, steps=p.threat.steps and min(p.threat.steps, 10))) for p in planned]
+    # AutoAttack, which is for defences of this package, stands last and finds nothing.
+    fewer.append(Planned("AutoAttack", Threat("everything"), lambda subject, x, *_: (x, {}), survivors=True))
+    found = evaluate(nearest_mean, fewer, purifier=MisleadingPreprocessor(), eps=0.75 * EPS)
+    assert found.worst_case <= found.accuracy("transfer") < found.accuracy("AutoAttack") - 0.1
+    assert "black_box_is_stronger" in alarms(found)
 
 
 def test_random_output_raises_an_alarm_unless_gradients_are_averaged(evaluate, nearest_mean):

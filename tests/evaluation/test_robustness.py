@@ -10,7 +10,7 @@ from art.estimators.classification import PyTorchClassifier
 from scipy.stats import binomtest
 from torch import nn
 
-from art_pixeldefend.evaluation import protocol
+from art_pixeldefend.evaluation import protocol, robustness
 from art_pixeldefend.evaluation.protocol import Ball, Planned, Subject, plan
 from art_pixeldefend.evaluation.robustness import AttackResult, Evaluation, evaluate_robustness
 from art_pixeldefend.evaluation.store import Store
@@ -94,12 +94,12 @@ def test_the_rules_of_random_defences_are_ordered(noisy):
     assert ((noisy.right("clean") > 0) & (noisy.right("clean") < 1)).any()
 
 
-def test_votes_count_the_class_of_most_draws():
-    labels = np.array([[1, 1, 2, 3], [2, 2, 2, 1], [-1, -1, -1, 1]])
-    result = AttackResult("clean", labels)
-    assert result.right(np.array([1, 1, 1]), "vote").tolist() == [1, 0, 0]
-    assert result.right(np.array([1, 1, 1]), "worst").tolist() == [0, 0, 0]
-    assert result.right(np.array([1, 1, 1]), "mean").tolist() == [0.5, 0.25, 0.25]
+def test_votes_count_the_class_of_more_draws_than_any_other():
+    labels = np.array([[1, 1, 2, 3], [2, 2, 2, 1], [-1, -1, -1, 1], [1, 1, 0, 0], [1, 1, 2, 2]])
+    result, y = AttackResult("clean", labels), np.ones(5, int)
+    assert result.right(y, "vote").tolist() == [1, 0, 0, 0, 0]
+    assert result.right(y, "worst").tolist() == [0, 0, 0, 0, 0]
+    assert result.right(y, "mean").tolist() == [0.5, 0.25, 0.25, 0.5, 0.5]
 
 
 def test_the_worst_case_of_equal_attacks_is_not_lowered_by_choosing_among_them():
@@ -109,6 +109,23 @@ def test_the_worst_case_of_equal_attacks_is_not_lowered_by_choosing_among_them()
     found = Evaluation(y, results, [], {})
     assert found.worst_case == pytest.approx(0.5, abs=0.02)
     assert np.min([r.right(y) for r in results.values()], 0).mean() < 0.4
+
+
+@pytest.mark.parametrize(("draws", "excess"), [(10, 0.1), (20, 0.08), (200, 0.015)])
+def test_the_worst_case_of_unequal_attacks_reads_high_by_less_the_more_draws_there_are(draws, excess):
+    rng, y = np.random.default_rng(0), np.zeros(4000, int)
+    right = np.concatenate([np.full((1, 4000), 0.9), rng.uniform(0.2, 0.8, (8, 4000))])
+    labels = (rng.random((draws, *right.shape)) > right).astype(int).transpose(1, 2, 0)
+    found = Evaluation(
+        y, {name: AttackResult(name, drawn) for name, drawn in zip(["clean", *"abcdefgh"], labels, strict=True)}, [], {}
+    )
+    assert 0 < found.worst_case - right.min(0).mean() < excess
+
+
+def test_reported_budgets_classify_each_image_50_times(evaluate, monkeypatch):
+    monkeypatch.setattr(robustness, "plan", lambda *_: [])
+    draws = [evaluate(AddNoise(), count=2, budget=budget).draws for budget in protocol.BUDGETS]
+    assert draws == [10, 50, 50]
 
 
 def test_intervals_are_clopper_pearsons():
@@ -358,6 +375,11 @@ def test_a_radius_between_two_levels_is_not_exceeded_by_8_bit_images(eps, digits
     assert np.abs(images - x).max() == pytest.approx(np.floor(255 * eps) / 255, abs=1e-6)
 
 
+def test_a_baseline_is_compared_with_the_headline(noisy, evaluate):
+    finding = evaluate(AddNoise(), baseline=noisy).diagnostics[-1]
+    assert finding.text == f"{100 * noisy.worst_case:.1f}% against {100 * noisy.worst_case:.1f}%"
+
+
 def plan_of_pgd():
     return Planned("PGD", Threat("everything", steps=10), protocol.adaptive_pgd)
 
@@ -370,6 +392,8 @@ def plan_of_pgd():
         ({"batch_size": 0}, "batch_size"), ({"purifier": AddNoise(), "draws": 3}, "draws"),
         ({"budget": [plan_of_pgd(), plan_of_pgd()]}, "budget"),
         ({"baseline": Evaluation(np.zeros(3), {}, [], {})}, "baseline"),
+        ({"count": 1, "baseline": Evaluation(np.array([5]), {}, [], {"radius": f"{EPS} (L2)"})}, "baseline"),
+        ({"count": 1, "baseline": Evaluation(np.array([5]), {}, [], {"radius": "8/255 (Linf)"})}, "baseline"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_named(arguments, name, evaluate):
