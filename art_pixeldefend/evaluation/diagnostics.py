@@ -85,8 +85,9 @@ class Context:
 
 
 def gradients_vanish(context: Context) -> Finding:
-    """Fire if gradients of the margin are zero, NaN or infinite for more than one image of twenty: the defence masks
-    gradients, and attacks that follow them are blind.
+    """Raise an alarm if gradients are zero, NaN or infinite for more than one image of twenty.
+
+    The defence masks its gradients then, and attacks that follow them are blind.
     """
     subject, chosen = context.subject, slice(0, SOME)
     device = subject.defended.device
@@ -107,7 +108,7 @@ def gradients_vanish(context: Context) -> Finding:
 
 
 def absurd_radius(context: Context) -> Finding:
-    """Fire if accuracy stays above chance in a ball that holds, for every image, the same grey image."""
+    """Raise an alarm if accuracy stays above chance in a ball that holds, for every image, the same grey image."""
     subject, (low, high) = context.subject, context.subject.clip_values
     eps = (high - low) / 2
     if context.ball.norm == "L2":
@@ -126,8 +127,9 @@ def absurd_radius(context: Context) -> Finding:
 
 
 def black_box_is_stronger(context: Context) -> Finding:
-    """Fire if attacks without the defence's gradients find images that those with its gradients do not: the gradients
-    are of little use.
+    """Raise an alarm if attacks without the defence's gradients find images that those with its gradients do not.
+
+    The gradients are of little use then.
     """
     white = context.worst_case(sees=("everything",))
     both = context.worst_case(sees=("classifier", "scores", "everything"))
@@ -138,8 +140,9 @@ def black_box_is_stronger(context: Context) -> Finding:
 
 
 def not_converged(context: Context) -> Finding:
-    """Fire if the second half of an attack's steps and restarts, or the same attack with twice the effort, still lowers
-    accuracy by 2 points.
+    """Raise an alarm if more effort still lowers accuracy by 2 points.
+
+    That is, the second half of an attack's steps and restarts, or the same attack with twice the steps or draws.
     """
     results = context.results
     through = {n: r for n, r in results.items() if r.threat is not None and r.threat.sees == "everything"}
@@ -157,7 +160,7 @@ def not_converged(context: Context) -> Finding:
 
 
 def random_output(context: Context) -> Finding:
-    """Fire if two passes over the same images differ while attacks take gradients of a single draw."""
+    """Raise an alarm if two passes over the same images differ while attacks take gradients of a single draw."""
     eots = [r.threat.eot for r in context.results.values() if r.threat is not None and r.threat.sees == "everything"]
     least = min(eots, default=1)
     if not context.subject.stochastic:
@@ -166,7 +169,7 @@ def random_output(context: Context) -> Finding:
 
 
 def probabilities(context: Context) -> Finding:
-    """Fire if outputs look like probabilities: losses of attacks expect logits, and their gradients vanish."""
+    """Raise an alarm if outputs look like probabilities: losses of attacks expect logits."""
     logits = context.subject.logits(context.x[:SOME], derived_seed(context.seed, "probabilities"))
     sums = logits.sum(1)
     found = bool(logits.min() >= 0 and logits.max() <= 1 and np.allclose(sums, 1, atol=1e-4))
@@ -176,7 +179,7 @@ def probabilities(context: Context) -> Finding:
 
 
 def off_grid(context: Context) -> Finding:
-    """Fire if rounding the attacks' images to 8 bits raises accuracy by 2 points: stored as files, they fail."""
+    """Raise an alarm if rounding the attacks' images to 8 bits raises accuracy by 2 points."""
     subject, clip_values = context.subject, context.subject.clip_values
     name = "images off the 8-bit grid"
     through = [n for n, r in context.results.items() if r.threat is not None]
@@ -198,7 +201,7 @@ def off_grid(context: Context) -> Finding:
 
 
 def weaker_than_baseline(worst_case: float, baseline: Evaluation | None) -> Finding:
-    """Fire if an adversarially trained classifier without a defence is as robust: the defence buys nothing.
+    """Raise an alarm if an adversarially trained classifier without a defence is as robust: the defence buys nothing.
 
     Args:
         worst_case: of the defence.
