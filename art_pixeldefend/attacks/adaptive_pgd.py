@@ -162,7 +162,13 @@ class AdaptivePGD(EvasionAttack):
         self._check_params()
 
     def generate(
-        self, x: np.ndarray, y: np.ndarray | None = None, *, start: np.ndarray | None = None, **kwargs: Any
+        self,
+        x: np.ndarray,
+        y: np.ndarray | None = None,
+        *,
+        start: np.ndarray | None = None,
+        only: np.ndarray | None = None,
+        **kwargs: Any,
     ) -> np.ndarray:
         """Attack images; of an image that is never misclassified the one with the largest margin is returned.
 
@@ -171,17 +177,22 @@ class AdaptivePGD(EvasionAttack):
             y: labels to get away from, class numbers (N,) or one-hot; by default the classifier's own predictions.
             start: images (N, ...) from which the first restart begins, such as those that fool the classifier without
                 its purifiers, moved into the balls; by default random ones, as in all other restarts.
+            only: which images to attack, (N,), bool; the others are returned as they are, without success. Images keep
+                their places, on which random numbers depend. By default all.
 
         Raises:
-            ValueError: naming ``start``, if it is not of the shape of ``x``.
+            ValueError: naming ``start`` or ``only``, if it is not of the shape described.
         """
         x = x.astype(ART_NUMPY_DTYPE)
         if start is not None and np.shape(start) != x.shape:
             raise ValueError(f"start must have the shape of x, {x.shape}, got {np.shape(start)}")
+        only = np.ones(len(x), bool) if only is None else np.asarray(only)
+        if only.shape != (len(x),) or only.dtype != bool:
+            raise ValueError(f"only must be {len(x)} bools, got shape {only.shape} of {only.dtype}")
         search = _Search(self, x, labels_of(self.estimator, x, y, self.batch_size), start)
         evaluator = search.evaluator
         with frozen(self.estimator), backward_pass(evaluator.purifiers, self.gradient):
-            attacked = search.run()
+            attacked = search.run(only)
         self.success_rate = search.rate.cpu().numpy()
         self.success = self.success_rate > 0.5
         self.fallen_at, self.losses = search.fallen_at.cpu().numpy(), search.losses.cpu().numpy()
@@ -245,17 +256,18 @@ class _Search:
         runs = attack.restarts * max(attack.targets, 1)
         self.losses = torch.full((runs, attack.steps + 1, count), torch.nan, device=device)
 
-    def run(self) -> np.ndarray:
-        """Attack all images, and return the best found, in the estimator's range."""
-        attack, everyone = self.attack, torch.arange(len(self.x), device=self.x.device)
-        if not len(everyone):
-            return self.given
-        clean = self.evaluator(self.x, everyone, self.selection_draws or 1)
-        self._keep(self.x, everyone, clean, 0)
-        targets = clean.logits.scatter(1, self.y[:, None], -torch.inf).topk(max(attack.targets, 1)).indices
+    def run(self, only: np.ndarray) -> np.ndarray:
+        """Attack the images ``only``, (N,), and return the best of all, in the estimator's range."""
+        attack, chosen = self.attack, torch.from_numpy(np.flatnonzero(only)).to(self.x.device)
+        if not len(chosen):
+            return self._from_unit(self.best)
+        clean = self.evaluator(self.x[chosen], chosen, self.selection_draws or 1)
+        self._keep(self.x[chosen], chosen, clean, 0)
+        targets = torch.zeros((len(self.x), max(attack.targets, 1)), dtype=torch.long, device=self.x.device)
+        targets[chosen] = clean.logits.scatter(1, self.y[chosen, None], -torch.inf).topk(targets.shape[1]).indices
         with tqdm(total=len(self.losses) * attack.steps, unit="step", desc="attack", disable=not attack.verbose) as bar:
             for run in range(len(self.losses)):
-                index = everyone[self.rate < 1]
+                index = chosen[self.rate[chosen] < 1]
                 towards = targets[:, run % attack.targets] if attack.targets else None
                 self._climb(run, index, towards, bar)
         return self._from_unit(self.best)

@@ -130,9 +130,10 @@ class DetectorAware(EvasionAttack):
         self.methods_used = np.full(len(x), -1)
         self.success = np.zeros(len(x), bool)
         for position, method in enumerate(self.methods):
-            if not len(left := np.flatnonzero(~self.success)):
+            left = ~self.success
+            if not left.any():
                 break
-            attacked[left] = self._attack(method).generate(x[left], labels[left], start=x[left])
+            attacked[left] = self._attack(method).generate(x, labels, start=x, only=left)[left]
             self.success = self._succeeds(attacked, labels, position)
             self.methods_used[self.success & (self.methods_used < 0)] = position
         return attacked

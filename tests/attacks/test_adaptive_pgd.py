@@ -252,6 +252,27 @@ def test_the_first_restart_begins_at_the_given_images(targets):
         attack.generate(x, y, start=start[:3])
 
 
+@pytest.mark.parametrize("options", [{}, {"targets": 2}, {"round_to_levels": True, "schedule": "cosine"}])
+def test_an_attack_on_some_images_gives_what_one_on_all_gives_them(options):
+    estimator, x = classifier([AddNoise(seed=3)]), images(12)
+    y, only = labels(estimator, x), np.arange(12) % 3 == 1
+    options = {"eps": 0.03, "steps": 5, "seed": 0} | options
+    whole, some = AdaptivePGD(estimator, **options), AdaptivePGD(estimator, **options)
+    expected, found = whole.generate(x, y), some.generate(x, y, only=only)
+    np.testing.assert_allclose(found[only], expected[only], atol=1e-5)
+    np.testing.assert_allclose(found[~only], x[~only], atol=1e-6)
+    assert (found[only] != x[only]).any() and not some.queries[~only].any() and not some.success[~only].any()
+    np.testing.assert_array_equal(some.success[only], whole.success[only])
+    np.testing.assert_allclose(some.generate(x, y, only=np.zeros(12, bool)), x, atol=1e-6)
+
+
+@pytest.mark.parametrize("only", [np.ones(3, bool), np.arange(12), True])
+def test_a_choice_of_images_of_another_shape_is_refused(only):
+    estimator, x = classifier(), images(12)
+    with pytest.raises(ValueError, match=r"^only must be 12 bools"):
+        AdaptivePGD(estimator).generate(x, labels(estimator, x), only=only)
+
+
 def test_misclassified_images_are_returned_as_they_are_and_not_attacked():
     estimator, x = classifier(), images()
     y = labels(estimator, x)

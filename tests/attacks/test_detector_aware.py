@@ -183,6 +183,19 @@ def test_success_against_a_random_classifier_is_success_in_most_draws(network, d
     np.testing.assert_array_equal(attack.success, first)
 
 
+def test_later_methods_draw_a_seeded_purifiers_numbers_for_the_places_of_images(network, digits):
+    x, y = (digits.x_test[:48] / 255).astype(np.float32), digits.y_test[:48]
+    estimator = classifier(network, preprocessing_defences=[Noise(seed=0)])
+    detector = fitted(Coarse(), digits, alpha=0.02)
+    attack = DetectorAware(estimator, detector, eps=8 / 255, steps=5, methods=[10.0, 0.0], seed=0)
+    attacked = attack.generate(x, y)
+    first, second = (attack._attack(method).generate(x, y, start=x) for method in attack.methods)
+    left = ~unnoticed(estimator, detector, first, y)
+    np.testing.assert_array_equal(attacked, np.where(left[:, None, None, None], second, first))
+    np.testing.assert_array_equal(attack.success, unnoticed(estimator, detector, attacked, y))
+    assert 0 < (attack.methods_used == 0).sum() < (attack.methods_used >= 0).sum()
+
+
 def test_ranges_and_layouts_give_the_same_images(network, digits, test_images):
     detector, (x, y) = fitted(SCORES["score norm"](), digits), (part[:6] for part in test_images)
     scaled = nn.Sequential(Scale(), network)
