@@ -440,3 +440,11 @@ def test_every_attack_of_the_standard_and_full_budgets_runs(evaluate, digits_ima
     result = evaluate(Round(), budget=fewer, count=6, surrogate_images=x)
     assert list(result.results) == ["clean", *attacks]
     assert result.worst_case <= min(result.accuracy(name) for name in attacks)
+
+
+def test_the_baseline_is_compared_with_the_worst_case_that_is_reported(evaluate):
+    attack = [Planned("PGD", Threat("everything", steps=2, eot=2), protocol.adaptive_pgd)]
+    first = evaluate(AddNoise(), budget=attack)
+    second = evaluate(AddNoise(), budget=attack, baseline=first)
+    text = f"{100 * first.worst_case:.1f}% against {100 * second.worst_case:.1f}%"
+    assert second.diagnostics[-1].text == text and second.diagnostics[-1].alarm
