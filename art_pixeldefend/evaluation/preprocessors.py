@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,6 +50,24 @@ class Sequential(Preprocessor):
         for step, seen in zip(reversed(self.steps), reversed(inputs), strict=True):
             grad = step.estimate_gradient(seen, grad)
         return grad
+
+    def __repr__(self) -> str:
+        return f"Sequential({', '.join(map(description, self.steps))})"
+
+
+def description(value: Any) -> str:
+    """The representation of a module or preprocessor, equal for equal arguments in all processes.
+
+    Example:
+        >>> from art.defences.preprocessor import SpatialSmoothing
+        >>> description(SpatialSmoothing(window_size=2))
+        'SpatialSmoothing(window_size=2, channels_first=False, clip_values=None)'
+    """
+    text = repr(value)
+    if type(value).__repr__ is object.__repr__ and isinstance(value, Preprocessor):
+        arguments = ", ".join(f"{name}={getattr(value, name, None)!r}" for name in value.params)
+        text = f"{type(value).__name__}({arguments})"
+    return re.sub(" at 0x[0-9a-f]+", "", text)
 
 
 def preprocessor(steps: Sequence[Step]) -> Preprocessor | None:

@@ -66,6 +66,7 @@ class Subject:
         clip_values: of the images.
         defences: all preprocessors.
         purifiers: all :class:`Purifier` in front of the classifier and inside its modules.
+        outputs: logits of the first images, of one draw.
         stochastic: whether two passes over the same images differ.
         eight_bit: whether ``x`` holds 8-bit images; attacks then return such images, too.
 
@@ -94,7 +95,8 @@ class Subject:
         self.purifiers: list[Purifier] = purifiers_of(self.defended)
         self.undefended = not self.defended.preprocessing_defences and not self.purifiers
         self.eight_bit = np.allclose(from_levels(to_levels(x, self.clip_values), self.clip_values), x, atol=1e-6)
-        self.stochastic = any(p.stochastic and p.seed is None for p in self.purifiers) or self._varies(x[:8])
+        self.outputs = torch.from_numpy(self.logits(x[:8], 1))
+        self.stochastic = any(p.stochastic and p.seed is None for p in self.purifiers) or self.varies(x[:8])
 
     def gradients(self) -> tuple[str, ...]:
         """The backward passes that all purifiers support."""
@@ -114,7 +116,8 @@ class Subject:
             columns.append(np.where(np.isfinite(logits).all(1), logits.argmax(1), -1))
         return np.stack(columns, 1)
 
-    def _varies(self, x: np.ndarray) -> bool:
+    def varies(self, x: np.ndarray) -> bool:
+        """Whether two passes over images differ."""
         first, second = (self.logits(x, seed) for seed in (1, 2))
         return not np.allclose(first, second, rtol=1e-4, atol=1e-4)
 

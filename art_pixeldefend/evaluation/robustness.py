@@ -23,6 +23,7 @@ from art_pixeldefend.attacks.training import frozen
 from art_pixeldefend.classifiers.training import seeded
 from art_pixeldefend.evaluation import diagnostics
 from art_pixeldefend.evaluation.diagnostics import Context, Finding
+from art_pixeldefend.evaluation.preprocessors import description
 from art_pixeldefend.evaluation.protocol import BUDGETS, Ball, Planned, Subject, derived_seed, plan
 from art_pixeldefend.evaluation.smoothing import fingerprint, hashed
 from art_pixeldefend.evaluation.store import Store
@@ -32,7 +33,7 @@ from art_pixeldefend.validation import check_count, check_labels, check_number
 
 CLEAN, WORST_CASE = "clean", "worst case"
 RULES = ("mean", "worst", "vote")
-VERSION = 1  # to be raised when attacks of equal settings give other images
+VERSION = 2  # to be raised when attacks of equal settings give other images
 
 
 @dataclass(frozen=True)
@@ -269,7 +270,8 @@ def evaluate_robustness(
         baseline: the evaluation, on the same images, of an adversarially trained classifier without a defence.
         surrogate_images: images that are not evaluated, in the units of ``x``, a thousand of 28 x 28: with them,
             ``"standard"`` and ``"full"`` attack a purifier without exact gradients through a network that imitates it.
-        folder: stores the result of every attack; with the same arguments an evaluation that was stopped continues.
+        folder: stores the result of every attack; an evaluation that was stopped continues, if the arguments are the
+            same, and the weights, the representations and the outputs for 8 images of model and purifier.
         seed: of everything random.
         batch_size: images, times draws, at a time.
         verbose: show a progress bar.
@@ -312,7 +314,8 @@ def evaluate_robustness(
     draws = draws if subject.stochastic else 1
     settings = {
         "version": VERSION, "images": hashed([torch.from_numpy(images), torch.from_numpy(labels)]), "eps": ball.eps,
-        "norm": norm, "model": fingerprint(subject.defended), "defences": [repr(d) for d in subject.defences],
+        "norm": norm, "model": fingerprint(subject.defended), "outputs": hashed([subject.outputs.round(decimals=3)]),
+        "surrogate_images": None if surrogate_images is None else hashed([torch.as_tensor(surrogate_images)]),
         "seed": seed, "draws": draws, "batch_size": batch_size,
     }  # fmt: skip
     with TemporaryDirectory() if folder is None else nullcontext(folder) as place:
@@ -327,7 +330,7 @@ def evaluate_robustness(
     shown = {
         "eps": ball.eps, "norm": norm, "radius": ball.text, "budget": budget if isinstance(budget, str) else "custom",
         "seed": seed, "draws": draws, "images": len(images), "batch_size": batch_size,
-        "purifier": "" if purifier is None else repr(purifier), "model": settings["model"],
+        "purifier": "" if purifier is None else description(purifier), "model": settings["model"],
     }  # fmt: skip
     found = Evaluation(labels, runner.results, findings, shown)
     return replace(found, diagnostics=[*findings, diagnostics.weaker_than_baseline(found.worst_case, baseline)])

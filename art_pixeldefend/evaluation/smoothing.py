@@ -21,6 +21,7 @@ from scipy.stats import beta, norm
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from art_pixeldefend.evaluation.preprocessors import description
 from art_pixeldefend.files import check_file, write_atomically
 from art_pixeldefend.levels import as_tensor
 from art_pixeldefend.processes import process_group
@@ -119,7 +120,8 @@ def certify_smoothed(
         seed: of the noise, which is a function of seed and position of the image.
         file: a JSON file to store results in, and to resume from: images with a result in it are skipped.
         name: what the file calls the classifier; needed with ``file``. A file is resumed only for the same name,
-            weights and arguments. What else the classifier depends on is not compared.
+            weights, arguments, and representations of modules and preprocessors. What else the classifier depends on
+            is not compared.
         overwrite: replace ``file`` if it exists, whatever it holds, instead of resuming.
         verbose: show a progress bar.
 
@@ -267,11 +269,12 @@ def _purifiers(classifier: Any) -> list[Purifier]:
 
 
 def fingerprint(classifier: Any) -> str:
-    """A hash of all weights, of the purifiers' models too."""
+    """A hash of all weights, of the purifiers' models too, and of the descriptions of modules and preprocessors."""
     module = classifier.model if isinstance(classifier, PyTorchClassifier) else classifier
-    modules = [module, *(purifier.model for purifier in _purifiers(classifier))]
-    weights = [tensor for m in modules if isinstance(m, nn.Module) for tensor in m.state_dict().values()]
-    return hashed([*map(repr, _purifiers(classifier)), *weights])
+    purifiers, before = _purifiers(classifier), getattr(classifier, "preprocessing_defences", None) or []
+    modules = [m for m in (module, *(purifier.model for purifier in purifiers)) if isinstance(m, nn.Module)]
+    weights = [tensor for m in modules for tensor in m.state_dict().values()]
+    return hashed([*map(description, [*modules, *purifiers, *before]), *weights])
 
 
 def hashed(parts: Sequence[Tensor | str]) -> str:

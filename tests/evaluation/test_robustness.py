@@ -206,10 +206,54 @@ def test_an_evaluation_that_was_stopped_anywhere_continues_to_the_same_result(
     assert content(result) == expected
 
 
-def test_a_finished_evaluation_is_read_back_without_an_attack(evaluate, tmp_path):
-    first = evaluate(Round(), budget=short(), folder=tmp_path)
+@pytest.mark.parametrize("make", [Round, lambda: FeatureSqueezing((0, 1), 2)], ids=["purifier", "of ART"])
+def test_a_finished_evaluation_is_read_back_without_an_attack(make, evaluate, tmp_path):
+    kept = make()  # so that the next one has another address
+    first = evaluate(kept, budget=short(), folder=tmp_path)
     unable = [replace(planned, run=None) for planned in short()]
-    assert evaluate(Round(), budget=unable, folder=tmp_path).as_dict() == first.as_dict()
+    assert evaluate(make(), budget=unable, folder=tmp_path).as_dict() == first.as_dict()
+
+
+class Scaled(nn.Module):
+    def __init__(self, model, scale):
+        super().__init__()
+        self.model, self.scale = model, scale
+
+    def forward(self, x):
+        return self.model(self.scale * x)
+
+
+@pytest.mark.parametrize("change", ["runs", "combine", "scale", "bit_depth"])
+def test_a_changed_classifier_or_defence_does_not_read_the_same_results(change, evaluate, nearest_mean, tmp_path):
+    """Each change is one of an attribute of the same object, which no weight tells."""
+    purified, scaled = PurifiedModel(nearest_mean, AddNoise(), 2), Scaled(nearest_mean, 1.0)
+    squeezing = FeatureSqueezing((0, 1), 1)
+    owner, value, arguments = {
+        "runs": (purified, 20, {"model": purified}),
+        "combine": (purified, "vote", {"model": purified}),
+        "scale": (scaled, 0.6, {"model": scaled}),
+        "bit_depth": (squeezing, 8, {"purifier": squeezing}),
+    }[change]
+    arguments |= {"budget": [Planned("PGD", Threat("everything", steps=2), protocol.adaptive_pgd)]}
+    before = evaluate(**arguments, folder=tmp_path)
+    setattr(owner, change, value)
+    after = evaluate(**arguments, folder=tmp_path)
+    assert content(after) == content(evaluate(**arguments))
+    assert content(after)["attacks"] != content(before)["attacks"]
+
+
+def test_other_surrogate_images_do_not_read_the_same_results(evaluate, digits_images, monkeypatch, tmp_path):
+    fitted = []
+
+    def fit(purifier, x, seed):
+        fitted.append(x)
+        return nn.Identity()
+
+    monkeypatch.setattr(protocol, "fit_surrogate", fit)
+    attack = [Planned("surrogate", Threat("everything", "surrogate", steps=2), protocol.adaptive_pgd)]
+    for x in (digits_images[0], np.zeros_like(digits_images[0]), digits_images[0]):
+        evaluate(Round(), budget=attack, surrogate_images=x, folder=tmp_path)
+    assert len(fitted) == 2
 
 
 @pytest.mark.parametrize(

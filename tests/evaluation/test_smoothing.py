@@ -252,6 +252,15 @@ def test_a_file_of_another_denoiser_is_refused(tmp_path):
         certify_smoothed(classifier(0.3), images(2), SIGMA, n=20, file=file, name="a")
 
 
+@pytest.mark.parametrize("change", [{"runs": 3}, {"combine": "vote"}])
+def test_a_file_of_another_number_of_runs_or_combination_is_refused(change, tmp_path):
+    denoiser = ScoreDenoiser(ScoreModel((1, 4, 4), (4,), (1,), 4), 0.2)
+    file = tmp_path / "certificates.json"
+    certify_smoothed(PurifiedModel(Linear(), denoiser), images(2), SIGMA, n=20, file=file, name="a")
+    with pytest.raises(ValueError, match=r"^file .* is of another classifier"):
+        certify_smoothed(PurifiedModel(Linear(), denoiser, **change), images(2), SIGMA, n=20, file=file, name="a")
+
+
 def test_a_file_of_something_else_is_refused(tmp_path):
     file = tmp_path / "notes.json"
     file.write_text("[1, 2]")
