@@ -14,6 +14,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cache
 from os import PathLike
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -173,7 +174,8 @@ def training_images_in(x: np.ndarray, model: Any) -> int:
 
     The trainer records a :func:`fingerprint` of the training images and a :func:`sample` of them. A positive result is
     certain, but an image outside the sample is found only if ``x`` is the whole training set: of M training images
-    among N, M 256 / N are found on average.
+    among N, M 256 / N are found on average. Of the training images of bundled models without such a list, those of
+    ``digits`` are identified by every fourth hash and those of ``fashion-mnist`` by every 32nd.
 
     Args:
         x: levels (N, C, H, W), uint8.
@@ -185,10 +187,22 @@ def training_images_in(x: np.ndarray, model: Any) -> int:
     while isinstance(provenance, Mapping):
         if provenance.get(FINGERPRINT) == whole:
             return len(x)
-        known = provenance.get(SAMPLE)
+        known = provenance.get(SAMPLE, _official_sample(provenance))
         found = max(found, len(set(known).intersection(hashes)) if isinstance(known, list) else 0)
         provenance = provenance.get("start")
     return found
+
+
+def _official_sample(provenance: Mapping[str, Any]) -> list[str] | None:
+    """As :func:`sample`, of the official training images that a model was trained on: all, or the training split."""
+    key = f"{provenance.get('dataset')}-{provenance.get('training_images')}"
+    return _official_samples().get(key)
+
+
+@cache
+def _official_samples() -> dict[str, list[str]]:
+    arrays = read_arrays(Path(__file__).parent / "samples" / "training-images.npz")
+    return {key: [f"{value:016x}" for value in values.tolist()] for key, values in arrays.items()}
 
 
 def _image_hash(image: np.ndarray) -> str:

@@ -176,6 +176,17 @@ def test_training_images_are_found_among_others(digits):
     assert datasets.training_images_in(x, SimpleNamespace()) == 0
 
 
+@pytest.mark.parametrize(("name", "share"), [("digits", 4), ("fashion_mnist", 32)])
+def test_training_images_of_bundled_models_are_found_by_a_known_share_of_them(name, share, request):
+    data = request.getfixturevalue(name)
+    for x in (data.x_train, data.train_and_calibration().x):
+        model = SimpleNamespace(provenance={"dataset": data.name, "training_images": len(x)})
+        assert datasets.training_images_in(x, model) == -(-len(x) // share)
+        assert datasets.training_images_in(data.reserve().x, model) == 0
+    model.provenance["training_images"] = 1000
+    assert datasets.training_images_in(x, model) == 0
+
+
 # Files
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from art_pixeldefend import ConformalDetector, PixelDefendDetector, datasets
-from art_pixeldefend.detectors import Likelihood, Score
+from art_pixeldefend.detectors import Likelihood, Score, ScoreNorm
 from art_pixeldefend.models import checkpoint
 
 SHAPE = (1, 2, 2)
@@ -376,6 +376,26 @@ def test_calibrating_on_a_models_training_images_warns(make_model, make_levels):
         warnings.simplefilter("error")
         detector.fit(make_levels(40, (1, 4, 4), seed=1))
         papers.fit(x, reference="training")
+
+
+@pytest.mark.parametrize(
+    ("data", "scores"),
+    [("digits", [Likelihood("digits")]), ("digits", [ScoreNorm("digits-score")]),
+     ("fashion-mnist", [Likelihood("fashion-mnist"), ScoreNorm("fashion-mnist-score")]),
+     ("fashion-mnist", [Likelihood("fashion-mnist-40x5")])],
+)  # fmt: skip
+def test_calibrating_bundled_models_on_their_training_images_warns(data, scores, monkeypatch, request):
+    images = request.getfixturevalue(data.replace("-", "_"))
+    detector = ConformalDetector(scores, clip_values=(0, 255))
+    monkeypatch.setattr(detector, "_score", lambda images, tensor, *args: np.zeros((len(tensor), len(scores))))
+    for which in (images.x_train[:300], images.x_train[-300:][::-1]):
+        with pytest.warns(UserWarning, match="trained on") as found:
+            detector.fit(which)
+        assert len(found) == len(scores)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        detector.fit(images.calibration(*detector.models()).x)
+        detector.fit(images.x_test)
 
 
 def test_the_papers_detector_is_one_likelihood_with_conservative_ties(make_model, make_levels):
