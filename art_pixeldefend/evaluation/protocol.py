@@ -67,7 +67,7 @@ class Subject:
         defences: all preprocessors.
         purifiers: all :class:`Purifier` in front of the classifier and inside its modules.
         outputs: logits of the first images, of one draw.
-        stochastic: whether two passes over the same images differ.
+        stochastic: whether two passes over the first images, or over others close to them, differ.
         eight_bit: whether ``x`` holds 8-bit images; attacks then return such images, too.
 
     Raises:
@@ -96,7 +96,7 @@ class Subject:
         self.undefended = not self.defended.preprocessing_defences and not self.purifiers
         self.eight_bit = np.allclose(from_levels(to_levels(x, self.clip_values), self.clip_values), x, atol=1e-6)
         self.outputs = torch.from_numpy(self.logits(x[:8], 1))
-        self.stochastic = any(p.stochastic and p.seed is None for p in self.purifiers) or self.varies(x[:8])
+        self.stochastic = any(p.stochastic and p.seed is None for p in self.purifiers) or self._varies_near(x[:8])
 
     def gradients(self) -> tuple[str, ...]:
         """The backward passes that all purifiers support."""
@@ -115,6 +115,12 @@ class Subject:
             logits = self.logits(x, derived_seed(seed, "draw", draw))
             columns.append(np.where(np.isfinite(logits).all(1), logits.argmax(1), -1))
         return np.stack(columns, 1)
+
+    def _varies_near(self, x: np.ndarray) -> bool:
+        """Whether two passes over images, or over others close to them, differ."""
+        low, high = self.clip_values
+        noise = np.random.default_rng(0).uniform(-0.1, 0.1, x.shape) * (high - low)
+        return self.varies(x) or self.varies(np.clip(x + noise, low, high).astype(x.dtype))
 
     def varies(self, x: np.ndarray) -> bool:
         """Whether two passes over images differ."""
@@ -163,7 +169,8 @@ class Planned:
     Args:
         name: unique in its evaluation.
         threat: what it sees and does.
-        run: returns attacked images, and facts to report, for (subject, x, y, threat, ball, seed).
+        run: returns attacked images, and facts to report, for (subject, x, y, threat, ball, seed). The fact ``"late"``
+            is a mask (N,) of the images that were first fooled in the second half of the attack's steps.
         survivors: whether it starts from what the attacks before it found, and so attacks only what is left; if it
             sees everything, from what those that see everything found.
         settings: what else its images follow from; JSON-serialisable.
@@ -190,10 +197,13 @@ def adaptive_pgd(subject: Subject, x: np.ndarray, y: np.ndarray, threat: Threat,
         round_to_levels=subject.eight_bit, seed=seed, batch_size=subject.batch_size,
     )  # fmt: skip
     attacked = attack.generate(x, y)
-    steps = attack.losses.shape[0] * attack.steps
-    late = attack.fallen_at > steps / 2
+    steps, fallen_at = attack.losses.shape[0] * attack.steps, attack.fallen_at
+    if threat.targets:  # each in a run of its own
+        late = (fallen_at > 0) & ((fallen_at - 1) % attack.steps >= attack.steps / 2)
+    else:
+        late = fallen_at > steps / 2
     facts = {
-        "queries": float(attack.queries.mean()), "steps": steps, "fell_late": int(late.sum()),
+        "queries": float(attack.queries.mean()), "steps": steps, "late": late,
         "zero_gradients": float(attack.zero_gradients), "nonfinite_gradients": float(attack.nonfinite_gradients),
     }  # fmt: skip
     return attacked, facts

@@ -33,7 +33,7 @@ from art_pixeldefend.validation import check_count, check_labels, check_number
 
 CLEAN, WORST_CASE = "clean", "worst case"
 RULES = ("mean", "worst", "vote")
-VERSION = 2  # to be raised when attacks of equal settings give other images
+VERSION = 3  # to be raised when attacks of equal settings give other images
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class AttackResult:
         seconds: that it took.
         facts: further measures by name, among them ``queries``, the mean number of images, times draws, that were
             classified per image.
+        late: places of the images that it first fooled in the second half of its steps.
     """
 
     name: str
@@ -56,6 +57,7 @@ class AttackResult:
     survivors: bool = False
     seconds: float = 0.0
     facts: Mapping[str, float] = field(default_factory=dict)
+    late: Sequence[int] = ()
 
     def right(self, y: np.ndarray, rule: str = "mean") -> np.ndarray:
         """How right each image (N,) is, 0..1: the share of draws that predict ``y`` (N,) for ``"mean"``; 0 or 1 for
@@ -158,7 +160,7 @@ class Evaluation:
             {
                 "name": result.name, "threat": None if result.threat is None else asdict(result.threat),
                 "survivors": result.survivors, "seconds": result.seconds, "facts": dict(result.facts),
-                "labels": result.labels.tolist(),
+                "late": list(result.late), "labels": result.labels.tolist(),
             }
             for result in self.results.values()
         ]  # fmt: skip
@@ -366,7 +368,7 @@ class _Runner:
             self.attacked[planned.name] = self.store.images("attacked", key, lambda: self.x)
             self.results[planned.name] = AttackResult(
                 planned.name, np.array(kept["labels"]), planned.threat, planned.survivors, kept["seconds"],
-                kept["facts"],
+                kept["facts"], kept["late"],
             )  # fmt: skip
 
     def _attack(self, planned: Planned, key: dict[str, Any]) -> dict[str, Any]:
@@ -375,7 +377,8 @@ class _Runner:
         attacked, left = self.x.copy(), np.ones(len(self.x), bool)
         if planned.survivors:
             attacked, left = self._found(planned.threat)
-        facts: dict[str, float] = {}
+        facts: dict[str, Any] = {}
+        late = np.zeros(len(self.x), bool)
         if left.any():
             # A purifier with a seed gives each image draws by its place in the input, so that all must be passed.
             chosen = left | any(p.stochastic and p.seed is not None for p in self.subject.purifiers)
@@ -383,12 +386,13 @@ class _Runner:
             with seeded(seed):
                 images, facts = planned.run(self.subject, *arguments)
             attacked[left] = images[left[chosen]]
+            late[chosen] = facts.pop("late", False)
         farthest = self.ball.distance(attacked, self.x).max()
         if farthest > self.ball.eps * (1 + 1e-4) + 1e-6:
             raise RuntimeError(f"{planned.name} left the ball: an image is {farthest:g} away, eps is {self.ball.eps:g}")
         labels = self.subject.labels(attacked, self.draws, derived_seed(seed, "report"))
         kept = {
-            "labels": labels.tolist(), "facts": facts, "attacked": int(left.sum()),
+            "labels": labels.tolist(), "facts": facts, "late": np.flatnonzero(late & left).tolist(),
             "seconds": round(time.perf_counter() - began, 2),
         }  # fmt: skip
         self.store.images("attacked", key, lambda: attacked)

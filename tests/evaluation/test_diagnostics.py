@@ -10,7 +10,7 @@ from art.defences.preprocessor.preprocessor import PreprocessorPyTorch
 from torch import nn
 
 from art_pixeldefend.attacks import AdaptivePGD
-from art_pixeldefend.evaluation import diagnostics
+from art_pixeldefend.evaluation import diagnostics, protocol
 from art_pixeldefend.evaluation.protocol import Ball, Planned, Subject, adaptive_pgd, plan, square
 from art_pixeldefend.evaluation.robustness import evaluate_robustness
 from art_pixeldefend.evaluation.threat import Threat
@@ -142,11 +142,33 @@ def test_random_output_raises_an_alarm_unless_gradients_are_averaged(evaluate, n
     assert "random_output" not in alarms(evaluate(model, [averaged]))
 
 
+class NoisyOutside(Masked):
+    """Random for images with a bright first pixel, as no clean image has."""
+
+    def forward(self, x):
+        return self.model(x + 0.5 * torch.randn_like(x) * (x[:, :, :1, :1] > self.least))
+
+
+@pytest.mark.parametrize(("least", "draws"), [(0.01, 10), (0.2, 1)])
+def test_a_defence_that_is_random_for_attacked_images_only_is_found(least, draws, evaluate, nearest_mean):
+    model = NoisyOutside(nearest_mean)
+    model.least = least
+    found = evaluate(model, [Planned("corner", Threat("everything"), corner)])
+    assert found.draws == draws and "random_output" in alarms(found)
+    assert "random_output" not in alarms(evaluate(nearest_mean, [Planned("corner", Threat("everything"), corner)]))
+
+
+def corner(subject, x, *_):
+    changed = x.copy()
+    changed[:, :, 0, 0] = EPS
+    return changed, {}
+
+
 def run(**arguments):
     def attack(subject, x, y, threat, ball, seed):
         pgd = AdaptivePGD(subject.defended, eps=ball.eps, seed=seed, **arguments)
         attacked = pgd.generate(x, y)
-        return attacked, {"fell_late": int((pgd.fallen_at > pgd.steps / 2).sum())}
+        return attacked, {"late": pgd.fallen_at > pgd.steps / 2}
 
     return attack
 
@@ -155,6 +177,35 @@ def test_an_attack_that_is_stopped_early_raises_an_alarm(evaluate, nearest_mean)
     slow = run(steps=12, step_size=EPS / 12, schedule="constant", momentum=0.0)
     found = evaluate(nearest_mean, [Planned("slow", Threat("everything", steps=12), slow)])
     assert "not_converged" in alarms(found)
+
+
+def test_images_that_another_attack_fools_early_raise_no_alarm_about_a_slow_one(evaluate, nearest_mean):
+    slow = run(steps=12, step_size=EPS / 12, schedule="constant", momentum=0.0)
+    attacks = [
+        Planned("slow", Threat("everything", steps=12), slow),
+        Planned("fast", Threat("everything", steps=50), run(steps=50)),
+        Planned("carrying", Threat("everything"), lambda subject, x, *_: (x, {}), survivors=True),
+    ]
+    found = evaluate(nearest_mean, attacks)
+    assert len(found.results["slow"].late) > 2 and "not_converged" not in alarms(found)
+
+
+@pytest.mark.parametrize(("targets", "late"), [(0, [4, 5]), (3, [3, 5])])
+def test_an_image_is_late_in_the_second_half_of_all_restarts_or_of_its_targets_run(
+    targets, late, digits_images, nearest_mean, monkeypatch
+):
+    class Stub:
+        def __init__(self, *_, **__):
+            self.steps, self.losses, self.fallen_at = 10, np.zeros((3, 11, 6)), np.array([-1, 0, 3, 8, 23, 28])
+            self.queries, self.zero_gradients, self.nonfinite_gradients = np.ones(6), 0, 0
+
+        def generate(self, x, y):
+            return x
+
+    monkeypatch.setattr(protocol, "AdaptivePGD", Stub)
+    subject, threat = Subject(nearest_mean, None, digits_images[0]), Threat("everything", targets=targets)
+    _, facts = adaptive_pgd(subject, *digits_images, threat, Ball(EPS), 0)
+    assert np.flatnonzero(facts["late"]).tolist() == late
 
 
 def test_an_attack_that_twice_the_effort_improves_raises_an_alarm(evaluate, nearest_mean):
