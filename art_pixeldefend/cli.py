@@ -529,7 +529,9 @@ def evaluate(
     option: Annotated[
         list[str] | None, typer.Option("--set", help="NAME=VALUE, an argument of the defence, as JSON or text")
     ] = None,
-    eps: Annotated[float, typer.Option(help="radius: levels of 255 for Linf, or in the range 0..1 for L2")] = 8,
+    eps: Annotated[
+        float | None, typer.Option(help="radius: levels of 255 for Linf, by default 8; in the range 0..1 for L2")
+    ] = None,
     norm: Annotated[str, typer.Option(help="Linf or L2")] = "Linf",
     budget: Annotated[str, typer.Option(help="quick for development; standard or full to report")] = "quick",
     images: Annotated[int, typer.Option(help="test images, from the first on")] = 100,
@@ -562,10 +564,15 @@ def evaluate(
     model = classifiers.load_module(classifier, weights)
     path = f"{purifiers.__name__}.{defence}" if defence in purifiers.__all__ else defence
     purifier = None if defence == "none" else preprocessor([(path, _assignments(option))])
-    train = found.x_train[:1000]
+    if eps is None and norm == "L2":
+        raise ValueError("--eps must be given for L2")
+    radius = (8.0 if eps is None else eps) / (255 if norm == "Linf" else 1)
+    others = found.x_train if len(found.x_train) else found.x_test[images:]
+    if not len(others) and budget != "quick":
+        typer.echo("DATA has no other images than those evaluated: no attack uses a surrogate", err=True)
     result = evaluate_robustness(
-        model, purifier, x, y, eps=eps / 255 if norm == "Linf" else eps, norm=norm, budget=budget, folder=folder,
-        surrogate_images=from_levels(train, UNIT) if len(train) else None,
+        model, purifier, x, y, eps=radius, norm=norm, budget=budget, folder=folder,
+        surrogate_images=from_levels(others[:1000], UNIT) if len(others) else None,
         baseline=None if baseline is None else Evaluation.load(baseline), seed=seed, batch_size=batch_size,
         verbose=verbose,
     )  # fmt: skip

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import art_pixeldefend.detectors  # binds as_model before a test replaces it
 from art_pixeldefend import PixelDefendDetector, cli, datasets, greedy_decode
+from art_pixeldefend.levels import UNIT, from_levels
 from art_pixeldefend.models.zoo import KINDS, load, names
 
 
@@ -566,6 +567,28 @@ def test_a_torchscript_classifier_behind_a_defence_is_evaluated(torchscript, tmp
         "evaluate", "digits", "--classifier", torchscript, "--images", 4, "--baseline", tmp_path / "r.json"
     )
     assert "without a defence is as robust" in again and "no baseline" not in again
+
+
+def test_surrogates_are_trained_on_test_images_that_are_not_evaluated_if_there_are_no_others(torchscript, monkeypatch):
+    seen = []
+
+    def evaluated(model, purifier, x, y, *, surrogate_images, **_):
+        seen.append((x, surrogate_images))
+        return "evaluated"
+
+    monkeypatch.setattr("art_pixeldefend.evaluation.evaluate_robustness", evaluated)
+    arguments = ("evaluate", "fashion-mnist-500", "--classifier", torchscript, "--budget", "standard")
+    assert "surrogate" not in run(*arguments, "--images", 300).output
+    assert "no attack uses a surrogate" in run(*arguments, "--images", 500).stderr
+    assert [None if images is None else len(images) for _, images in seen] == [200, None]
+    images = from_levels(datasets.load("fashion-mnist-500").x_test, UNIT)
+    assert np.array_equal(np.concatenate(seen[0]), images)
+
+
+def test_a_radius_of_l2_has_no_default(torchscript):
+    arguments = ("evaluate", "digits", "--classifier", torchscript, "--images", 2, "--norm", "L2")
+    assert "--eps" in fails(*arguments)
+    assert "0.5 (L2)" in succeeds(*arguments, "--eps", 0.5)
 
 
 def test_a_state_dict_and_an_import_path_are_evaluated(tmp_path, monkeypatch):
