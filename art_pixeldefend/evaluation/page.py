@@ -28,6 +28,7 @@ th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align
 th { background: var(--soft); vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
 th:first-child { background: var(--soft); }
+@media (max-width: 32rem) { table { font-size: .78rem; } th, td { padding: .3rem .28rem; } }
 figure { margin: 1rem 0; } figcaption { font-size: .9rem; color: #4a5159; max-width: 46rem; }
 .charts img { max-width: min(100%, 31rem); height: auto; vertical-align: top; }
 .rows { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); gap: .9rem 2rem; }
