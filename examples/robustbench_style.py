@@ -1,6 +1,6 @@
 """Evaluate a purified classifier as RobustBench does: clean accuracy and accuracy under AutoAttack, as one JSON object.
 
-    pip install "art-pixeldefend[autoattack]"
+    pip install -c constraints.txt ".[autoattack]"
     python examples/robustbench_style.py --images 100
 
 AutoAttack's version ``rand`` takes two attacks of 100 steps with 20 gradients each, which is hours on a CPU.

@@ -70,9 +70,7 @@ def auto_attack(
     try:
         from pyautoattack import AutoAttack
     except ImportError:
-        raise ImportError(
-            "auto_attack needs the package pyautoattack: pip install 'art-pixeldefend[autoattack]'"
-        ) from None
+        raise ImportError("auto_attack needs the package pyautoattack: pip install pyautoattack") from None
     if version not in VERSIONS:
         raise ValueError(f"version must be one of {', '.join(VERSIONS)}, got {version!r}")
     if norm not in ("Linf", "L2"):

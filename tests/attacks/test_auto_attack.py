@@ -84,7 +84,7 @@ def test_a_missing_package_is_named(network, x, monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", importing)
-    with pytest.raises(ImportError, match=r"pip install 'art-pixeldefend\[autoattack\]'"):
+    with pytest.raises(ImportError, match=r"pip install pyautoattack$"):
         auto_attack(network, x, torch.zeros(12, dtype=torch.long))
 
 
