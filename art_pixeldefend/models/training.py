@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from os import PathLike
@@ -34,6 +34,7 @@ from art_pixeldefend.models import checkpoint, zoo
 from art_pixeldefend.models.base import ImageModel
 from art_pixeldefend.models.checkpoint import CHECKPOINT, METRICS, MODEL, SAMPLES
 from art_pixeldefend.models.gradients import Gradients, all_reduce, gradients_of
+from art_pixeldefend.models.pixelcnnpp.compilation import compilation_notice
 from art_pixeldefend.precision import bf16_pays, default_float32
 from art_pixeldefend.processes import ProcessGroup, process_group
 from art_pixeldefend.validation import check_count, check_device, check_number
@@ -552,7 +553,8 @@ class _Trainer:
             total=settings.steps, initial=state.step, unit="step", disable=hidden
         ) as bar:  # fmt: skip
             while state.step < settings.steps:
-                self._step(self.images[batches(state.step).to(self.images.device)])
+                with nullcontext() if hidden or state.step > first else compilation_notice():
+                    self._step(self.images[batches(state.step).to(self.images.device)])
                 bar.update()
                 save = state.step % settings.every == 0 or state.step == settings.steps
                 line = save or state.step % LOG_EVERY == 0

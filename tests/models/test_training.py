@@ -677,3 +677,16 @@ def test_impossible_settings_are_refused_by_name(bad):
 def test_settings_of_numpy_numbers_are_plain_ones():
     settings = Settings(steps=np.int64(4), learning_rate=np.float32(0.5), seed=np.int32(3))
     assert json.loads(json.dumps(asdict(settings))) == asdict(Settings(steps=4, learning_rate=0.5, seed=3))
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_compilation_in_the_first_step_is_announced_if_verbose(verbose, images, tmp_path, capfd):
+    numba = pytest.importorskip("numba")
+
+    def loss(model, batch):
+        numba.njit(lambda x: x + 1)(1)  # compiled at every step
+        return PixelCNNpp.loss(model, batch)
+
+    settings = replace(SMALL, steps=2)
+    training.train(small_model(), loss, images[0], settings, tmp_path, device="cpu", verbose=verbose)
+    assert capfd.readouterr().err.count("compiling for this processor") == verbose

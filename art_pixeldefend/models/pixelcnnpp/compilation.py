@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+from tqdm import tqdm
+
 
 @cache
 def has_numba() -> bool:
@@ -87,7 +89,8 @@ def compilation_notice() -> Iterator[None]:
 
         def on_start(self, event: Any) -> None:
             if not self.given:
-                print("compiling for this processor, once; this takes some seconds ...", file=sys.stderr, flush=True)
+                tqdm.write("compiling for this processor, once; this takes some seconds ...", file=sys.stderr)
+                sys.stderr.flush()
             self.given = True
 
         def on_end(self, event: Any) -> None:
