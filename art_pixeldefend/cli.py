@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 if TYPE_CHECKING:  # the commands import what they need when they run, so that --help is fast
     from art_pixeldefend.detectors import ConformalDetector
+    from art_pixeldefend.image_files import ImageSet
     from art_pixeldefend.models.base import ImageModel
     from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
 
@@ -384,8 +385,7 @@ def detect(
             if source:
                 typer.echo(f"--{reference} {source} is not read: {likelihoods} holds the likelihoods", err=True)
     elif calibration:
-        with _argument("--calibration"):
-            detector.fit(datasets.read_calibration(calibration, *detector.models(), data_dir=data_dir).levels)
+        _calibrate("--calibration", detector, calibration, data_dir)
     elif training:
         with _argument("--training"):
             detector.fit(datasets.load(training, data_dir).train_and_calibration().x, reference="training")
@@ -453,7 +453,6 @@ def calibrate(
     If IMAGES names a data set or the folder that the models were trained on, only images that no model has seen are
     used. From any other folder or file all are used.
     """
-    from art_pixeldefend import datasets
     from art_pixeldefend.detectors.false_alarms import false_alarms
     from art_pixeldefend.files import check_file
 
@@ -461,9 +460,7 @@ def calibrate(
         if path:
             check_file(path, overwrite=overwrite)
     detector = _detector(model, score, combine, alpha, device, batch_size=batch_size, verbose=verbose)
-    with _argument("IMAGES"):
-        found = datasets.read_calibration(images, *detector.models(), data_dir=data_dir)
-        detector.fit(found.levels)
+    found = _calibrate("IMAGES", detector, images, data_dir)
     detector.save(out)
     if report:
         from art_pixeldefend.evaluation.calibration_report import write_report
@@ -707,6 +704,22 @@ def _detector(
     if len(set(score)) < len(score):
         raise ValueError(f"--score must not be given twice for the same score, got {', '.join(score)}")
     return ConformalDetector(scores, combine, alpha, clip_values=(0, 255), **options)
+
+
+def _calibrate(option: str, detector: ConformalDetector, source: str, data_dir: Path | None) -> ImageSet:
+    """Fit a detector to those images of ``source`` that no model was trained on, and return them."""
+    from art_pixeldefend import datasets
+
+    with _argument(option):
+        found = datasets.read_calibration(source, *detector.models(), data_dir=data_dir)
+        if found.total and len(found.levels) < detector.least_images():
+            raise ValueError(
+                f"name must hold at least {detector.least_images()} images for calibration at alpha "
+                f"{detector.alpha:g}: of the {found.total} images of {source!r} only {len(found.levels)} are for it, "
+                "the others are for training or tests"
+            )
+        detector.fit(found.levels)
+    return found
 
 
 def _density_model(model: str, device: str | None = None) -> PixelCNNpp:

@@ -13,7 +13,8 @@ import os
 import tarfile
 import zlib
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cache
 from os import PathLike
 from pathlib import Path, PurePosixPath
@@ -237,7 +238,8 @@ def load(name: str | PathLike[str], data_dir: str | PathLike[str] | None = None,
         return _dataset(str(name), *_without_a_tenth(Split(x, np.zeros(len(x), np.int64))), ("image",))
     if path.suffix == ".npz" and path.is_file():
         return _npz(path)
-    raise ValueError(f"name must be one of {', '.join(NAMED)}, a folder of images or an .npz file, got {str(name)!r}")
+    found = repr(str(name)) if path.exists() else f"{str(name)!r}, which does not exist"
+    raise ValueError(f"name must be one of {', '.join(NAMED)}, a folder of images or an .npz file, got {found}")
 
 
 def read(
@@ -310,7 +312,7 @@ def read_calibration(
     """Read images that calibrate a detector of ``models``, none of which may have been trained on them.
 
     Of a data set, and of the folder that the models were trained on, these are :meth:`Dataset.calibration`; of any
-    other folder or array file all images.
+    other folder or array file all images. ``total`` counts all images of a data set or of the models' folder.
 
     Args:
         source: what :func:`load` or :func:`read_images` accepts.
@@ -322,10 +324,11 @@ def read_calibration(
     """
     path = Path(source)
     if source in NAMED or (path.suffix == ".npz" and path.is_file() and "x_train" in read_arrays(path)):
-        return _numbered(load(source, data_dir).calibration(*models).x)
-    if path.is_dir() and (data := load(path)).held_out_from(*models):
-        return _numbered(data.x_calibration)
-    return read(source, models[0])
+        data = load(source, data_dir)
+    elif not path.is_dir() or not (data := load(path)).held_out_from(*models):
+        return read(source, models[0])
+    total = sum(map(len, (data.x_train, data.x_calibration, data.x_test)))
+    return replace(_numbered(data.calibration(*models).x), total=total)
 
 
 def _numbered(levels: np.ndarray) -> ImageSet:
@@ -439,10 +442,14 @@ def _download(url: str, md5: str, path: Path, allowed: bool) -> None:
     advice = f"put the official files there, or name their folder by data_dir or {DATA_DIR_VARIABLE}"
     if not allowed:
         raise FileNotFoundError(f"{str(path)!r} is missing: {advice}")
+    made = [folder for folder in path.parents if not folder.exists()]
     try:
         pooch.retrieve(url, f"md5:{md5}", fname=path.name, path=path.parent, progressbar=True)
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"{str(path)!r} is missing and cannot be downloaded ({error}): {advice}") from error
+        for folder in made:
+            with suppress(OSError):  # another process may have put files there
+                folder.rmdir()
+        raise FileNotFoundError(f"{str(path)!r} is missing: {advice}; the download failed: {error}") from error
 
 
 def _extract(archive: Path, folder: Path, files: Collection[str]) -> None:

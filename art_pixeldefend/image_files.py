@@ -34,12 +34,14 @@ class ImageSet:
         names: one for each image: its path within the folder, or its index in the array.
         layout: axes of the source, ``"NHW"``, ``"NHWC"``, ``"NCHW"``, or ``"folder"``.
         source: the folder or file they were read from, if any.
+        total: the number of images in the source, if it holds others.
     """
 
     levels: np.ndarray
     names: Sequence[str]
     layout: str
     source: Path | None = None
+    total: int | None = None
 
 
 @dataclass(frozen=True)

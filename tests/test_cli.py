@@ -396,6 +396,9 @@ def test_detect_takes_the_held_out_images_of_the_folder_that_the_model_was_train
     arguments = ["detect", folder, "--out", tmp_path / "p.csv", "--calibration", folder, "--quiet", "--overwrite"]
     assert "compared with 21 calibration images" in succeeds(*arguments, "--model", model)
     assert "compared with 240 calibration images" in succeeds(*arguments, "--model", "digits")
+    error = fails(*arguments, "--model", model, "--alpha", "0.04")
+    assert "--calibration must hold at least 24 images for calibration at alpha 0.04" in error
+    assert f"of the 240 images of '{folder}' only 21 are for it" in error
 
 
 def test_detect_refuses_images_too_few_to_flag_any_and_likelihoods_of_other_images(images, tmp_path):

@@ -207,6 +207,22 @@ def test_missing_official_files_are_named_with_the_remedy(name, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_failed_download_gives_the_remedy_first_and_leaves_no_new_folder(tmp_path, monkeypatch):
+    def fail(url, known_hash, fname, path, **_):
+        path.mkdir(parents=True)
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(datasets.pooch, "retrieve", fail)
+    with pytest.raises(FileNotFoundError, match=r"is missing: put the official files there, .*: no route to host$"):
+        datasets.load("fashion-mnist", tmp_path / "mistyped" / "folder")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_folder_is_said_to_be_missing(tmp_path):
+    with pytest.raises(ValueError, match=r"^name must be one of .*, got '.*photos', which does not exist$"):
+        datasets.load(tmp_path / "photos")
+
+
 def test_an_unknown_name_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="digits, fashion-mnist, fashion-mnist-500, cifar-10"):
         datasets.load("imagenet")

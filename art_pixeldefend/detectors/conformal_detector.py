@@ -622,11 +622,13 @@ class ConformalDetector(EvasionDetector):
             shown = f"1/{count + 1}" if least_p == 1 / (count + 1) else f"{least_p:.3g}"
             raise ValueError(f"alpha must be at least {shown} with {count} calibration images, got {self.alpha}")
 
+    def least_images(self) -> int:
+        """The least number of calibration images: with fewer, no p-value reaches ``alpha``."""
+        return least_calibration_images(self.alpha, self._least_p_value)
+
     def _check_enough(self, count: int) -> None:
-        """With fewer images no p-value reaches ``alpha``."""
         if not count or self._least_p_value(count) > self.alpha:
-            least = least_calibration_images(self.alpha, self._least_p_value)
-            raise ValueError(f"x must hold at least {least} images for alpha {self.alpha:g}, got {count}")
+            raise ValueError(f"x must hold at least {self.least_images()} images for alpha {self.alpha:g}, got {count}")
 
     def _warn_of_training_images(self, images: Images, tensor: Tensor) -> None:
         """Warn if some of the images are among those that a model was trained on, by the hashes in its provenance."""

@@ -73,12 +73,14 @@ class PurifiedModel(nn.Module):
         """Return logits, or log-probabilities, (N, classes) of images ``x`` (N, C, H, W) in [0, 1].
 
         Raises:
-            ValueError: naming ``x``, as :meth:`Purifier.forward`, or if it holds integers.
+            ValueError: naming ``x``, as :meth:`Purifier.forward`, if it holds integers, or if it is not a tensor.
         """
         if self._modules.get("purifier_model") is not (
             self.purifier.model if isinstance(self.purifier.model, nn.Module) else None
         ):
             raise RuntimeError("the purifier's model was replaced: make a new PurifiedModel")
+        if not isinstance(x, Tensor):
+            raise ValueError(f"x must be a torch.Tensor, got {type(x).__name__}")
         if not x.is_floating_point():
             raise ValueError(f"x must hold floating-point values in [0, 1], got dtype {x.dtype}")
         runs = self.runs if self.purifier.stochastic else 1

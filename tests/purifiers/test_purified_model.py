@@ -237,6 +237,11 @@ def test_an_art_classifier_is_refused_with_a_hint_that_works():
         PurifiedModel(3, Smooth())
 
 
+def test_arrays_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"^x must be a torch.Tensor, got ndarray"):
+        PurifiedModel(network(), Noisy())(images().numpy())
+
+
 def test_integer_images_are_refused_by_name():
     with pytest.raises(ValueError, match=r"^x must"):
         PurifiedModel(network(), Smooth())(torch.zeros(2, *SHAPE, dtype=torch.uint8))
