@@ -166,7 +166,8 @@ def on_training_images(subjects: Subjects, tuned: bool, sigma: float, count: int
     purifier = ScorePurifier(subjects.score_model, sigma, seed=0)
     x = torch.from_numpy(subjects.data.x_train[:count].astype(np.float32) / 255)
     logits = draws(subjects.classifier(tuned).model, purifier, x, 8)
-    return 100 * float((combined(logits, "logits").argmax(1).numpy() == subjects.data.y_train[:count]).mean())
+    right = combined(logits, "logits").argmax(1).numpy() == subjects.data.y_train[:count]
+    return round(100 * float(right.mean()), 2)
 
 
 @torch.no_grad()
@@ -258,9 +259,8 @@ The ResNet of the paper on the first {facts["images"]:,} test images. Accuracy i
 all draws and, in parentheses, of single draws. The tuned classifier was trained for another
 {facts["tuning_cpu_seconds"]} CPU seconds on images denoised at sigma {SIGMAS[0]} to {SIGMAS[1]}.
 BIM sees the classifier of the row without its defence; transferred images are those of the classifier as it is.
-After one pass, accuracy on the first {facts["images"]:,} training images is {
-        ", ".join(f"{value:.1f} ({name})" for name, value in facts["one_pass_on_training_images"].items())
-    }.
+After one pass, accuracy on the first {facts["images"]:,} training images is
+{", ".join(f"{value:.1f} ({name})" for name, value in facts["one_pass_on_training_images"].items())}.
 
 """
 
