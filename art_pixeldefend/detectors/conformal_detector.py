@@ -54,7 +54,7 @@ class ConformalDetector(EvasionDetector):
 
             - ``"bonferroni"``, ``"harmonic"``: valid however the scores depend on each other.
             - ``"cauchy"``: an approximation for small p-values, which can be too small for dependent scores.
-            - ``"joint"``: the ranks are combined into one score, which is calibrated as a whole. Valid however the
+            - ``"joint"``: the product of the ranks (Fisher) is calibrated as a whole. Valid however the
               scores depend on each other, and less conservative than the first two.
 
             See :func:`~art_pixeldefend.detectors.conformal.combine_p_values` and

@@ -1,5 +1,6 @@
 """The published tables show the numbers of the JSON files beside them."""
 
+import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -42,3 +43,20 @@ def test_tables_are_rendered_from_the_results(name):
     tables = rendered[: rendered.index("\n- Accuracy")]
     assert tables in text
     assert (RESULTS / f"{name}.csv").read_text() == table.comma_separated(grid, results)
+
+
+def test_the_detection_page_shows_its_results(monkeypatch):
+    monkeypatch.syspath_prepend(RESULTS.parent)
+    page = importlib.import_module("detection").page
+    result = json.loads((RESULTS / "detection.json").read_text())
+    assert page(result) == (RESULTS / "detection.md").read_text()
+
+
+def test_published_false_alarm_rates_are_within_the_binomial_intervals_of_their_levels():
+    result = json.loads((RESULTS / "detection.json").read_text())
+    found = [rate for detectors in result["false_alarms"].values() for rates in detectors.values() for rate in rates]
+    assert {rate["alpha"] for rate in found} == {0.01, 0.05, 0.1} and len(result["false_alarms"]) == 2
+    for rate in found:
+        low, high = rate["binomial_percent"]
+        assert low <= rate["rate_percent"] <= high, rate
+        assert rate["splits_within_beta_binomial"] >= 0.8 * rate["splits"], rate
