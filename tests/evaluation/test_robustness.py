@@ -73,12 +73,27 @@ def content(result):
     return found
 
 
-def test_the_worst_case_is_no_better_than_any_attack(rounded, noisy):
+def test_the_worst_case_follows_from_the_predictions_of_all_attacks(rounded, noisy):
     for result in (rounded, noisy):
-        for rule in ("mean", "worst", "vote"):
-            accuracies = [result.accuracy(name, rule) for name in result.results]
-            assert result.accuracy(rule=rule) <= min(accuracies) + 1e-12
-    assert rounded.worst_case < rounded.clean
+        worst = [all((r.labels[i] == y).all() for r in result.results.values()) for i, y in enumerate(result.y)]
+        assert result.accuracy(rule="worst") == np.mean(worst)
+        most = [
+            all((r.labels[i] == y).sum() > max((r.labels[i] == c).sum() for c in range(10) if c != y)
+                for r in result.results.values())
+            for i, y in enumerate(result.y)
+        ]  # fmt: skip
+        assert result.accuracy(rule="vote") == np.mean(most)
+    assert rounded.worst_case < rounded.clean and noisy.worst_case < noisy.clean
+
+
+@pytest.mark.parametrize("strong", ["a", "b"])
+def test_each_image_is_right_as_often_as_under_its_strongest_attack(strong):
+    """Of two attacks, each is strong on other images, in every draw."""
+    weak = {"a": "b", "b": "a"}[strong]
+    labels = {"clean": np.zeros((4, 10), int), strong: np.zeros((4, 10), int), weak: np.zeros((4, 10), int)}
+    labels[strong][:2], labels[weak][2:, :4] = 1, 1
+    found = Evaluation(np.zeros(4, int), {name: AttackResult(name, part) for name, part in labels.items()}, [], {})
+    assert found.right().tolist() == pytest.approx([0, 0, 0.6, 0.6])
 
 
 def test_an_image_is_right_in_the_worst_case_only_if_it_is_under_every_attack(rounded):
