@@ -95,15 +95,11 @@ def measure(
         "eps": eps / 255, "folder": work / "evaluations",
         "surrogate_images": data.x_train[:SURROGATE_IMAGES].astype(np.float32) / 255,
     }  # fmt: skip
-    baseline = None
-    if purifier is not None:
-        trained = classifiers.load(f"{NORMAL}-pgd-{eps}")
-        baseline = evaluate_robustness(trained, None, x, y, budget=budget, **common)
     attacks: Any = budget
     if defence.left_out:
         subject = Subject(network, purifier, x)
         attacks = [p for p in plan(subject, budget, Ball(eps / 255)) if p.name not in defence.left_out]
-    found = evaluate_robustness(network, purifier, x, y, budget=attacks, baseline=baseline, **common)
+    found = evaluate_robustness(network, purifier, x, y, budget=attacks, **common)
     alarms = [f"{finding.name}: {finding.text}" for finding in found.diagnostics if finding.alarm]
     row = {
         "defence": defence.name, "classifier": classifier, "eps": eps, "images": count, "budget": budget,
@@ -174,6 +170,17 @@ def table(rows: list[dict[str, Any]], eps: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+def no_better_than_training(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    """The alarm about a defence that is no more robust than the adversarially trained classifier without one."""
+    for other in rows:
+        same = all(other[key] == row[key] for key in ("eps", "images", "budget"))
+        if same and other["defence"] == "none" != row["defence"] and other["classifier"] != NORMAL:
+            reached, trained = row["accuracy"]["worst case"], other["accuracy"]["worst case"]
+            text = f"no better than the classifier trained on PGD, {trained:.1f}, alone"
+            return [text] if trained >= reached else []
+    return []
+
+
 def head(facts: dict[str, Any]) -> str:
     """Above the tables."""
     return f"""# Fashion-MNIST: purifiers under attacks that know them
@@ -232,7 +239,11 @@ def publish(rows: list[dict[str, Any]], results: Path) -> None:
     content = f'{{"facts": {json.dumps(facts, indent=1)},\n"rows": [\n{lines}\n]}}\n'
     write_atomically(results / "adaptive-evaluation.json", content)
     tables = "\n".join(f"## Within {eps} levels\n\n{table(rows, eps)}" for eps in RADII)
-    alarms = [f"- {r['defence']}, {r['classifier']}, {r['eps']}: {alarm}" for r in rows for alarm in r["alarms"]]
+    alarms = [
+        f"- {r['defence']}, {r['classifier']}, {r['eps']}: {alarm}"
+        for r in rows
+        for alarm in [*r["alarms"], *no_better_than_training(r, rows)]
+    ]
     checks = [
         f"- {r['defence']}, {r['classifier']}, {r['eps']}: {r['auto_attack']['accuracy']:.1f} "
         f"({r['auto_attack']['interval'][0]:.1f} to {r['auto_attack']['interval'][1]:.1f}), here "
