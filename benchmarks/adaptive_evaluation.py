@@ -158,7 +158,7 @@ def table(rows: list[dict[str, Any]], eps: int) -> str:
             continue
         accuracy, low_high = row["accuracy"], row["interval"]["worst case"]
         first = accuracy.get("BPDA", accuracy.get("PGD"))
-        second = accuracy.get("exact", accuracy.get("implicit"))
+        second = min((accuracy[name] for name in ("exact", "implicit", "latent") if name in accuracy), default=None)
         values = [accuracy.get("blind"), accuracy.get("transfer"), first, second, accuracy.get("Square")]
         cells = ["" if value is None else f"{value:.1f}" for value in [accuracy["clean"], *values]]
         kind = "normal" if row["classifier"] == NORMAL else row["classifier"].removeprefix(f"{NORMAL}-").upper()

@@ -27,6 +27,13 @@ def test_the_tables_are_rendered_from_the_results(script, rows):
         assert script.table(rows, eps) in page
 
 
+def test_the_strongest_of_the_exact_implicit_and_latent_attacks_is_shown(script, rows):
+    row = next(row for row in rows if "exact" in row["accuracy"] or "implicit" in row["accuracy"])
+    values = {"exact": 62.5, "implicit": 41.25, "latent": 52.5}
+    page = script.table([row | {"accuracy": row["accuracy"] | values}], row["eps"])
+    assert "| 41.2 |" in page and "62.5" not in page and "52.5" not in page
+
+
 def test_accuracies_and_intervals_follow_from_the_images(rows):
     for row in rows:
         for name, counts in row["right_draws"].items():
