@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from art_pixeldefend import cli, datasets
 from art_pixeldefend.datasets import Split
+from art_pixeldefend.detectors.conformal import least_calibration_images
 from art_pixeldefend.models import zoo
 from art_pixeldefend.validation import check_labels
 
@@ -344,6 +345,12 @@ def test_an_npz_of_any_usual_layout_becomes_nchw(shape, tmp_path):
     assert loaded.x_train.shape == (18, channels, 6, 5) and loaded.classes == ("0", "1", "2", "3")
     assert loaded.x_calibration.shape == (2, channels, 6, 5)
     assert loaded.x_test.shape == (3, channels, 6, 5)
+
+
+@pytest.mark.parametrize(("count", "calibration"), [(211, 19), (210, 18)])
+def test_the_readme_says_how_many_images_calibrate_the_default_detector(count, calibration, tmp_path):
+    data = stored(tmp_path, x_train=tagged(count).x)
+    assert len(data.x_calibration) == calibration and least_calibration_images(0.05) == 19
 
 
 def test_an_npz_without_test_images_is_split_without_overlap(tmp_path):

@@ -1,10 +1,12 @@
 """The published tables show the numbers of the JSON files beside them."""
 
+import csv
 import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from art_pixeldefend.evaluation import table
@@ -34,6 +36,64 @@ def stored(name):
     images = max(cell["count"] for cell in cells)
     grid = replace(GRIDS[TABLES[name]], rows=tuple(rows.values())[::-1], attacks=attacks, images=images)
     return grid, results
+
+
+def accuracies(name, images):
+    """Columns of the page for one row of the Fashion-MNIST grid: accuracies at 8 and 25 levels of its first images."""
+    cells = json.loads((RESULTS / "fashion-mnist.json").read_text())["cells"]
+    columns = {}
+    for eps in (8, 25):
+        row = name.format(eps)
+        right = {
+            cell["attack"]: np.array([bit == "1" for bit in cell["right"][:images]])
+            for cell in cells
+            if cell["cell"].startswith(f"{row} ") and cell["eps"] in (0, eps)
+        }
+        attacks = [bits for attack, bits in right.items() if attack != CLEAN]
+        shown = {name: right[name].mean() for name in (CLEAN, "fgsm", "bim")}
+        shown |= {"strongest": min(bits.mean() for bits in attacks), "worst": np.all(attacks, axis=0).mean()}
+        for column, value in shown.items():
+            columns.setdefault(column, []).append(f"{100 * value:.1f}")
+    return [" / ".join(dict.fromkeys(values)) for values in columns.values()]
+
+
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [
+        ("resnet/normal/none/bare", "| none | - | 1,000 |"),
+        ("resnet/normal/feature-squeezing/through", "| feature squeezing | white-box | 500 |"),
+        ("resnet/normal/pixeldefend/bare", "| PixelDefend | blind | 1,000 |"),
+        ("resnet/normal/pixeldefend/bare", "| PixelDefend | blind | 100 |"),
+        ("resnet/normal/pixeldefend/through", "| PixelDefend | white-box | 100 |"),
+        ("resnet/adversarial-fgsm-delta-{}/adaptive-pixeldefend/bare", "with `delta` 8 and 25 | blind | 1,000 |"),
+        ("resnet/adversarial-fgsm-delta-{}/adaptive-pixeldefend/through", "| the same | white-box | 100 |"),
+        ("resnet/normal/art-pixeldefend/bare", "| blind | 100 | 87.0 |"),
+    ],
+)
+def test_the_page_shows_the_accuracies_of_the_images(name, start):
+    section = (RESULTS.parent / "README.md").read_text().partition("## Fashion-MNIST")[2]
+    line = next(line for line in section.splitlines() if start in line)
+    images, *shown, strongest, _, worst = [cell.strip() for cell in line.strip("|").split("|")][2:]
+    assert [*shown, strongest, worst] == accuracies(name, int(images.replace(",", "")))
+
+
+def test_the_page_counts_the_papers_accuracies_that_are_reached():
+    """A clean accuracy counts once for both radii, unless its classifier differs."""
+    rows = list(csv.DictReader((RESULTS / "fashion-mnist.csv").open()))
+    cells = {
+        (
+            row["network"],
+            row["training"],
+            row["delta"],
+            row["defence"],
+            row["column"],
+            row["column"] == CLEAN or row["eps"],
+        ): row
+        for row in rows
+        if row["defence"] in ("pixeldefend", "adaptive-pixeldefend") and row["paper"] and row["column"] != "strongest"
+    }
+    reached = sum(float(row["difference"]) >= -3 for row in cells.values())
+    assert f"\n{reached} of {len(cells)} accuracies of PixelDefend and" in (RESULTS.parent / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", TABLES)
