@@ -30,7 +30,8 @@ from art_pixeldefend.levels import from_levels, to_levels
 from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
 from art_pixeldefend.purifiers import AdaptivePixelDefend, PixelDefend, PurifiedModel, ScorePurifier
 
-CLEAN, WHITE_BOX = "clean", "white-box"  # columns of the table besides the blind attacks
+# Columns of the table besides the blind attacks; the last two are of the same images.
+CLEAN, BLIND, WHITE_BOX = "clean", "blind", "white-box"
 SHOWN = 8  # images in the report
 MAGNIFIED = 6  # factor of the differences in the report
 
@@ -126,12 +127,17 @@ def run(out: Path, name: str = "fashion-mnist", *, seed: int = 0, verbose: bool 
     threshold = defences["Adaptive PixelDefend"].calibrate(classifier, _attacks(validation), chosen.y)
     purified = {"none": images} | {d: {a: defence(x)[0] for a, x in images.items()} for d, defence in defences.items()}
     predicted = {d: {a: predict(classifier, x) for a, x in row.items()} for d, row in purified.items()}
-    accuracy = {d: {a: float((p == test.y).mean()) for a, p in row.items()} for d, row in predicted.items()}
+    accuracy: dict[str, dict[str, float | None]] = {
+        d: {a: float((p == test.y).mean()) for a, p in row.items()} for d, row in predicted.items()
+    }
 
     say("attacking through the defences")
     few = Split(test.x[: setting.white_box_images], test.y[: setting.white_box_images])
-    for defence_name in accuracy:
-        accuracy[defence_name][WHITE_BOX] = white_box(model, defences.get(defence_name), few, setting, seed)
+    for defence_name, row in accuracy.items():
+        row[BLIND] = float((predicted[defence_name]["bim"][: len(few.y)] == few.y).mean())
+        row[WHITE_BOX] = (
+            white_box(model, defences[defence_name], few, setting, seed) if defence_name != "none" else None
+        )
 
     say("detecting")
     detector = PixelDefendDetector(pixel_cnn)
@@ -214,7 +220,7 @@ def white_box(model: nn.Module, defence: Any, images: Split, setting: Setting, s
         defence = ScorePurifier(setting.score_model, setting.sigma)  # draws afresh, as in use
         defended = as_art(PurifiedModel(model, defence, runs=setting.runs), shape)
     else:
-        defended = as_art(model, shape, [defence] if defence else None)
+        defended = as_art(model, shape, [defence])
     with seeded(seed):
         attacked = make_attack("bim", defended, setting.eps_attack).generate(
             from_levels(images.x), np.eye(10, dtype=np.float32)[images.y]
@@ -271,10 +277,15 @@ def _attacks(columns: Mapping[str, Any]) -> dict[str, Any]:
 
 def accuracy_table(setting: Setting, results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return the header and rows of accuracies in percent."""
-    columns = [*setting.columns, WHITE_BOX]
-    header = ["accuracy, %", *setting.columns.values(), "BIM through the defence"]
+    first = f"first {setting.white_box_images}"
+    header = ["accuracy, %", *setting.columns.values(), f"BIM, {first}", f"BIM through the defence, {first}"]
+
+    def shown(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.1f}"
+
     return header, [
-        [defence, *(f"{100 * row[column]:.1f}" for column in columns)] for defence, row in results["accuracy"].items()
+        [defence, *(shown(row[column]) for column in (*setting.columns, BLIND, WHITE_BOX))]
+        for defence, row in results["accuracy"].items()
     ]
 
 
@@ -318,8 +329,9 @@ def report(
         f"{setting.eps_attack} of 255 levels. PixelDefend replaces each attacked image by a similar one that is "
         f"likelier under a density model: the classifier is then right on {percent(100 * defended['bim'])}. On clean "
         f"images this costs {100 * (none[CLEAN] - defended[CLEAN]):.1f} points. This attack does not see the defence. "
-        f"Under a short one that does, the classifier is right on {percent(100 * defended[WHITE_BOX])} of "
-        f"{setting.white_box_images} images; longer attacks can only lower that number."
+        f"Under a short one that does, the classifier is right on {percent(100 * defended[WHITE_BOX])} of the first "
+        f"{setting.white_box_images} images, instead of {percent(100 * defended[BLIND])}; longer attacks can only "
+        "lower that number."
     )
     yield page.heading("Pictures")
     yield page.paragraph(
@@ -334,11 +346,12 @@ def report(
         "Each row is a defence in front of the same classifier, each column an attack. Read a row from left to right: "
         "the column “clean” shows what the defence costs when nobody attacks; the columns after it are blind attacks, "
         "computed against the classifier alone; the last column is an attack that computes its gradients through the "
-        "defence. A defence is as good as the lowest number of its row."
+        "defence, to be compared with the column before it, of the same images. A defence is as good "
+        "as the lowest number of its row."
     )
     yield page.bullets(
         [
-            f"95% intervals reach {half_width(count)} points to either side ({count} images), in the last column "
+            f"95% intervals reach {half_width(count)} points to either side ({count} images), in the last two columns "
             f"{half_width(setting.white_box_images)} (the first {setting.white_box_images}).",
             "RAND adds random noise of the full size, which is no attack but shows what noise alone does. FGSM takes "
             "one step along the sign of the gradient; BIM takes small steps"
