@@ -165,7 +165,7 @@ def train(
 
     Ctrl-C and SIGTERM end the run with a checkpoint, from which --resume continues.
 
-    The held-out results are of all test images of DATA, including those that are reserved for calibration.
+    The printed results are of all test images of DATA; the calibration images are others.
     """
     import torch
 
@@ -207,7 +207,8 @@ def train(
     if first:
         results = {name[5:]: value for name, value in model.provenance.items() if name.startswith("test_")}
         shown = [f"{value:.4f} {name.replace('_per_', '/')}" for name, value in results.items()]
-        typer.echo(f"{', '.join(shown) or 'trained'}; held back from training: {counts}")
+        measured = f"{', '.join(shown)} on all test images" if shown else "trained"
+        typer.echo(f"{measured}; held back from training: {counts}")
 
 
 @app.command(
@@ -544,7 +545,10 @@ def evaluate(
     overwrite: Overwrite = False,
     verbose: Verbose = True,
 ) -> None:
-    """Attack a classifier behind a defence, print the accuracy that is left, and what it cannot claim."""
+    """Attack a classifier behind a defence, print the accuracy that is left, and what it cannot claim.
+
+    The defence's arguments follow it: --defence PixelDefend --set eps=32 --set pixel_cnn=fashion-mnist
+    """
     from art_pixeldefend import classifiers, datasets, purifiers
     from art_pixeldefend.evaluation import Evaluation, evaluate_robustness
     from art_pixeldefend.evaluation.preprocessors import preprocessor

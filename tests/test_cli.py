@@ -145,7 +145,9 @@ def test_train_says_what_it_holds_back_and_records_no_place(digits, tmp_path):
         Image.fromarray(image[0]).save(folder / f"{i}.png")
     run_folder = folder / "run"  # inside the images' folder
     said = succeeds("train", folder, "--out", run_folder, *SMALL)
-    assert re.fullmatch(r"\d\.\d{4} bits/dim; held back from training: 3 calibration and 4 test images\n", said)
+    assert re.fullmatch(
+        r"\d\.\d{4} bits/dim on all test images; held back from training: 3 calibration and 4 test images\n", said
+    )
     assert (run_folder / "samples.png").exists()
     assert b"secret" not in (run_folder / "model.safetensors").read_bytes()
     more = [*SMALL, "--steps", 3]

@@ -1,4 +1,15 @@
-"""ART evasion attacks that ART lacks, and the registry of all attacks of the evaluation."""
+"""ART evasion attacks that ART lacks, and the registry of all attacks of the evaluation.
+
+- ``registry``: all attacks by name.
+- ``through``: gradients through purifiers, with replayed draws.
+- ``budget``: balls of whole levels.
+- ``clipped``: keeps any attack in such a ball.
+- ``latent``: attacks projections by a generator's latents.
+- ``surrogate``: learns a stand-in for a purifier.
+- ``losses``: what attacks maximise.
+- ``training``: attacks for adversarial training.
+- the others: one attack each.
+"""
 
 from art_pixeldefend.attacks.adaptive_pgd import AdaptivePGD
 from art_pixeldefend.attacks.auto_attack import auto_attack

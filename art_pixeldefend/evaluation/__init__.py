@@ -1,4 +1,20 @@
-"""Robustness under adaptive attacks, and grids of attacks and defences: computed, stored, printed and drawn."""
+"""Robustness under adaptive attacks, and grids of attacks and defences: computed, stored, printed and drawn.
+
+- ``robustness``: ``evaluate_robustness`` and its result.
+- ``threat``: what an attack sees and how it is set.
+- ``protocol``: the attacks of each budget, in order.
+- ``diagnostics``: signs that an accuracy cannot be trusted.
+- ``smoothing``: certified accuracy.
+- ``grid``: tables of accuracies as data.
+- ``stages``: classifiers, attacked, purified and classified images of a grid.
+- ``store``: their results on disk.
+- ``runner``: runs a grid.
+- ``table``: prints it.
+- ``figures``: charts.
+- ``page``: HTML pages.
+- ``demo``, ``calibration_report``: what the commands write.
+- ``preprocessors``: defences by import path.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

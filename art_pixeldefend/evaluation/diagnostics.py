@@ -42,7 +42,7 @@ class Finding:
     text: str
 
     def __str__(self) -> str:
-        kind = {True: "WARNING", False: "ok", None: "not checked"}[self.alarm]
+        kind = {True: "WARNING", False: "no alarm", None: "not checked"}[self.alarm]
         return f"{kind}: {self.name}: {self.text}"
 
 

@@ -1,4 +1,12 @@
-"""Purifiers: ART preprocessors that remove adversarial perturbations before a classifier sees an image."""
+"""Purifiers: ART preprocessors that remove adversarial perturbations before a classifier sees an image.
+
+- ``base``: what all purifiers share.
+- ``purified_model``: a purifier and a classifier as one module.
+- ``adaptive_updates``: the update rule of ADP.
+- ``soft_window``: the implicit gradient of PixelDefend.
+- ``logits``: differentiable logits of ART classifiers with defences.
+- the others: one purifier each.
+"""
 
 from art_pixeldefend.purifiers.adaptive_pixel_defend import AdaptivePixelDefend
 from art_pixeldefend.purifiers.adaptive_updates import AdaptiveStep, adaptive_updates
