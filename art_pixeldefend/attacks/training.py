@@ -40,7 +40,7 @@ class TrainingAttack(EvasionAttack):
         super().__init__(estimator=estimator)
         self.delta, self.seed = delta, seed
         self._check_params()
-        self._rng = np.random.default_rng(seed)
+        self.rng = np.random.default_rng(seed)
 
     def generate(self, x: np.ndarray, y: np.ndarray | None = None, **kwargs: Any) -> np.ndarray:
         """Attack images ``x`` (N, ...); ``y`` is ignored."""
@@ -92,9 +92,9 @@ class HalfNormalAttack(TrainingAttack):
 
     def _radii(self, count: int) -> np.ndarray:
         """Draw radii; those beyond the truncation are drawn again."""
-        radii = np.abs(self._rng.normal(0, self.delta, count))
+        radii = np.abs(self.rng.normal(0, self.delta, count))
         while (beyond := radii > 2 * self.delta).any():
-            radii[beyond] = np.abs(self._rng.normal(0, self.delta, beyond.sum()))
+            radii[beyond] = np.abs(self.rng.normal(0, self.delta, beyond.sum()))
         return radii
 
 
@@ -142,7 +142,7 @@ class TrainingPGD(TrainingAttack):
 
     def _attack(self, x: np.ndarray, labels: np.ndarray, radii: np.ndarray) -> np.ndarray:
         ball = (radii * level(self.estimator)).reshape(-1, *[1] * (x.ndim - 1))
-        start = (x + self._rng.uniform(-ball, ball, x.shape)).astype(x.dtype)
+        start = (x + self.rng.uniform(-ball, ball, x.shape)).astype(x.dtype)
         attacked = np.clip(start, *self.estimator.clip_values)
         for _ in range(self.STEPS):
             climbed = self._climb(attacked, labels, 1.5 * radii / self.STEPS)

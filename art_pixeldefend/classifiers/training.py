@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +26,8 @@ from tqdm import tqdm
 from art_pixeldefend.attacks.training import HalfNormalBIM, HalfNormalFGSM, TrainingAttack, TrainingPGD
 from art_pixeldefend.classifiers.layers import Network
 from art_pixeldefend.classifiers.networks import as_art
+from art_pixeldefend.datasets import fingerprint
+from art_pixeldefend.models.checkpoint import RUN, read, write
 from art_pixeldefend.precision import bf16_pays
 from art_pixeldefend.validation import check_labels
 
@@ -46,6 +53,7 @@ class Recipe:
             Topin 2018, arXiv:1708.07120).
         momentum, nesterov, weight_decay: arguments of SGD.
         flips: mirror half of the images, left to right.
+        crops: pixels of zeros to pad on every side before cropping to the image's size at random; 0 for no crops.
         mixed_precision: train under bf16 autocast if the hardware multiplies bf16; without that, autocast would take
             six times as long.
     """
@@ -59,6 +67,7 @@ class Recipe:
     weight_decay: float = 5e-4
     flips: bool = True
     mixed_precision: bool = True
+    crops: int = 0
 
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """Stochastic gradient descent at the highest learning rate."""
@@ -81,6 +90,7 @@ RECIPES = {
     # From the reference code; the paper does not give a recipe.
     "paper": Recipe(80_000, milestones=(40_000, 60_000), nesterov=False, mixed_precision=False),
     "quick": Recipe(3_000, learning_rate=0.2, weight_decay=1e-4),
+    "cifar-10": Recipe(14_000, learning_rate=0.2, crops=4),
     # For the few small images of digits, which must not be mirrored.
     "digits": Recipe(400, batch_size=64, flips=False, mixed_precision=False),
 }
@@ -96,6 +106,8 @@ def train(
     delta: float = 8,
     smoothing: float = SMOOTHING,
     seed: int = 0,
+    checkpoint: str | PathLike[str] | None = None,
+    every: int = 500,
     verbose: bool = False,
 ) -> Network:
     """Train a network in place. The same seed and number of threads give the same weights.
@@ -114,7 +126,10 @@ def train(
             same expected gradient with less than half the attacks.
         delta: size of the radius, in levels (the paper: 8 for CIFAR-10, 8 or 25 for Fashion-MNIST).
         smoothing: the true class has probability 1 - smoothing, each other class smoothing / (classes - 1).
-        seed: of the order, flips, dropout and attacks.
+        seed: of the order, flips, crops, dropout and attacks.
+        checkpoint: a file to store the run in every ``every`` steps. If it is there, training continues from it, to the
+            same weights as without an interruption; it must be of the same arguments. It is removed at the end.
+        every: steps between checkpoints.
         verbose: show a progress bar.
 
     Returns:
@@ -141,16 +156,33 @@ def train(
         labels = LabelSmoothing(max_value=1 - smoothing)(x, labels)[1]
     with seeded(seed):
         classifier, scheduler = _classifier(model, recipe)
-        fit = _fit(classifier, technique, delta, seed)
+        attack, fit = None, classifier.fit
+        if technique in ADVERSARIAL:
+            attack_class, ratio = ADVERSARIAL[technique]
+            attack = attack_class(classifier, delta=delta, seed=seed)
+            fit = AdversarialTrainer(classifier, attack, ratio=ratio).fit
+        run = _Run(model, classifier.optimizer, scheduler, attack)
+        arguments = {"recipe": asdict(recipe), "technique": technique, "delta": delta, "seed": seed}
+        arguments |= {"smoothing": smoothing, "x": fingerprint(x), "y": fingerprint(labels)}
+        if checkpoint is not None and Path(checkpoint).exists():
+            run.load(checkpoint, arguments)
         # Created before standard error is redirected, which hides the progress bar that ART shows for every batch.
-        bar = tqdm(total=recipe.steps, unit="step", desc=f"train {technique}", disable=not verbose, file=sys.stderr)
+        bar = tqdm(
+            total=recipe.steps, initial=run.step, unit="step", desc=f"train {technique}", disable=not verbose,
+            file=sys.stderr,
+        )  # fmt: skip
         with bar, contextlib.redirect_stderr(io.StringIO()):
-            for batch in batches(len(x), recipe, seed):
-                images = flip(x[batch.ids], batch.flips).astype(np.float32) / 255
+            for batch in islice(batches(len(x), recipe, seed), run.step, None):
+                images = crop(flip(x[batch.ids], batch.flips), batch.corners, recipe.crops).astype(np.float32) / 255
                 fit(images, labels[batch.ids], batch_size=len(images), nb_epochs=1, scheduler=scheduler)
+                run.step += 1
+                if checkpoint is not None and run.step % every == 0:
+                    run.save(checkpoint, arguments)
                 bar.update()
     if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
         raise FloatingPointError("training diverged; lower the recipe's learning_rate")
+    if checkpoint is not None:
+        Path(checkpoint).unlink(missing_ok=True)
     return model.eval()
 
 
@@ -181,12 +213,50 @@ def _classifier(model: Network, recipe: Recipe) -> tuple[PyTorchClassifier, Any]
     return as_art(wrapped, optimizer=optimizer), recipe.scheduler(optimizer)
 
 
-def _fit(classifier: PyTorchClassifier, technique: str, delta: float, seed: int) -> Callable[..., None]:
-    """The ART method that takes a training step on a batch."""
-    if technique not in ADVERSARIAL:
-        return classifier.fit
-    attack, ratio = ADVERSARIAL[technique]
-    return AdversarialTrainer(classifier, attack(classifier, delta=delta, seed=seed), ratio=ratio).fit
+class _Run:
+    """What changes from step to step: weights, optimiser, scheduler, and the generators of random numbers."""
+
+    def __init__(
+        self,
+        model: Network,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        attack: TrainingAttack | None,
+    ) -> None:
+        self.model, self.optimizer, self.scheduler, self.attack, self.step = model, optimizer, scheduler, attack, 0
+
+    def save(self, path: str | PathLike[str], arguments: Mapping[str, Any]) -> None:
+        """Write a checkpoint."""
+        state = self.optimizer.state_dict()["state"]
+        momentum = {f"momentum.{i}": values["momentum_buffer"] for i, values in state.items()}
+        _, key, *numpy = np.random.get_state()
+        header = {"kind": RUN, "step": self.step, "arguments": arguments, "numpy": numpy}
+        if self.attack is not None:
+            header["attack"] = self.attack.rng.bit_generator.state
+        weights = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        generators = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.asarray(key, np.int64))}
+        write(path, weights | momentum | generators, header)
+
+    def load(self, path: str | PathLike[str], arguments: Mapping[str, Any]) -> None:
+        """Read a checkpoint. A file that is not one, or one of other arguments, raises ValueError."""
+        tensors, header = read(path)
+        if header.get("kind") != RUN or header["arguments"] != json.loads(json.dumps(arguments)):
+            raise ValueError(f"checkpoint {str(path)!r} is not of a training run with these arguments")
+        prefix = "model."
+        self.model.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        optimizer = self.optimizer.state_dict()
+        count = sum(name.startswith("momentum.") for name in tensors)
+        optimizer["state"] = {i: {"momentum_buffer": tensors[f"momentum.{i}"]} for i in range(count)}
+        self.optimizer.load_state_dict(optimizer)
+        self.step = header["step"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the optimiser's steps were taken before the checkpoint
+            for _ in range(self.step):
+                self.scheduler.step()
+        torch.set_rng_state(tensors["torch"])
+        np.random.set_state(("MT19937", tensors["numpy"].numpy().astype(np.uint32), *header["numpy"]))
+        if self.attack is not None:
+            self.attack.rng.bit_generator.state = header["attack"]
 
 
 class _MixedPrecision(Network):
@@ -205,10 +275,11 @@ class _MixedPrecision(Network):
 class _Batch:
     ids: np.ndarray
     flips: np.ndarray
+    corners: np.ndarray  # (N, 2), of the crop in the padded image
 
 
 def batches(count: int, recipe: Recipe, seed: int) -> Iterator[_Batch]:
-    """For each step, the indices of its images and which of them to mirror. Every epoch is shuffled anew."""
+    """For each step, its images, which of them to mirror, and where to crop. Every epoch is shuffled anew."""
     rng = np.random.default_rng(seed)
     size = min(recipe.batch_size, count)
     per_epoch = count // size
@@ -216,12 +287,23 @@ def batches(count: int, recipe: Recipe, seed: int) -> Iterator[_Batch]:
         if step % per_epoch == 0:
             order = rng.permutation(count)
         ids = order[step % per_epoch * size :][:size]
-        yield _Batch(ids, rng.random(size) < (0.5 if recipe.flips else 0.0))
+        flips = rng.random(size) < (0.5 if recipe.flips else 0.0)
+        corners = rng.integers(0, 2 * recipe.crops, (size, 2), endpoint=True) if recipe.crops else np.zeros((size, 2))
+        yield _Batch(ids, flips, corners)
 
 
 def flip(x: np.ndarray, which: np.ndarray, axis: int = -1) -> np.ndarray:
     """Images (N, ...), those of the mask ``which`` (N,) mirrored along ``axis``."""
     return np.where(which[:, None, None, None], np.flip(x, axis), x)
+
+
+def crop(x: np.ndarray, corners: np.ndarray, padding: int) -> np.ndarray:
+    """Images (N, C, H, W), padded with zeros on every side and cropped to (H, W) at ``corners`` (N, 2)."""
+    if not padding:
+        return x
+    height, width = x.shape[2:]
+    padded = np.pad(x, ((0, 0), (0, 0), (padding, padding), (padding, padding)))
+    return np.stack([image[:, i : i + height, j : j + width] for image, (i, j) in zip(padded, corners, strict=True)])
 
 
 @contextlib.contextmanager

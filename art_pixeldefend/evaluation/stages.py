@@ -168,6 +168,7 @@ class Stages:
                 row.training,
                 delta=delta,
                 seed=grid.seed,
+                checkpoint=path.with_suffix(".run"),
                 verbose=self.verbose,
             )
             classifiers.save(path, model, settings)

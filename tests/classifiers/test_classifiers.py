@@ -18,6 +18,7 @@ from art_pixeldefend.classifiers import (
     names,
     save,
     train,
+    training,
 )
 from art_pixeldefend.classifiers.layers import BatchNorm, Standardise
 from art_pixeldefend.classifiers.networks import WEIGHTS
@@ -109,6 +110,43 @@ def test_the_seed_decides_the_trained_weights(technique, digits):
     assert torch.equal(first, same) and not torch.equal(first, other)
 
 
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_interrupted_training_continues_to_the_same_weights(technique, digits, tmp_path, monkeypatch):
+    recipe, file = replace(TINY, steps=5, crops=1), tmp_path / "run.safetensors"
+
+    def trained(**arguments):
+        model = small("vgg")  # it has dropout
+        return weights(train(model, digits.x_train[:64], digits.y_train[:64], recipe, technique, **arguments))
+
+    crop, calls = training.crop, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return crop(*args)
+
+    monkeypatch.setattr(training, "crop", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trained(checkpoint=file, every=2)
+    assert file.is_file()
+    continued = trained(checkpoint=file, every=2)
+    assert len(calls) == 4 + 3  # the steps after the second
+    assert torch.equal(continued, trained()) and not file.exists()
+
+
+def test_a_checkpoint_of_other_arguments_is_refused(digits, tmp_path, monkeypatch):
+    file = tmp_path / "run.safetensors"
+    monkeypatch.setattr(training.Path, "unlink", lambda *args, **kwargs: None)  # keep it after the end
+    arguments = digits.x_train[:64], digits.y_train[:64], TINY
+    train(small("resnet"), *arguments, checkpoint=file, every=1)
+    for changed in ({"seed": 3}, {"technique": "label-smoothing"}):
+        with pytest.raises(ValueError, match=r"checkpoint .* not of a training run with these arguments"):
+            train(small("resnet"), *arguments, checkpoint=file, **changed)
+    with pytest.raises(ValueError, match=r"checkpoint .* not of a training run with these arguments"):
+        train(small("resnet"), digits.x_train[64:128], *arguments[1:], checkpoint=file)
+
+
 @pytest.mark.parametrize("steps", range(1, 12))
 def test_the_learning_rate_rises_and_falls_in_any_number_of_steps(steps):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
@@ -167,6 +205,14 @@ def test_flips_mirror_half_of_the_images(digits, monkeypatch):
         mirrored = np.abs(seen - image[..., ::-1]).max((1, 2, 3)) < 1e-6
         same = np.abs(seen - image).max((1, 2, 3)) < 1e-6
         assert (mirrored ^ same).all() and low <= mirrored.mean() <= high
+
+
+def test_crops_shift_images_by_up_to_the_padding_each_way(digits, monkeypatch):
+    image, seen = trained_on(digits, monkeypatch, replace(TINY, steps=16, crops=1, flips=False))
+    padded = np.pad(image, ((0, 0), (1, 1), (1, 1)))
+    shifts = [padded[:, i : i + 8, j : j + 8] for i in range(3) for j in range(3)]
+    found = [[np.allclose(one, shift, atol=1e-6) for shift in shifts] for one in seen]
+    assert np.any(found, axis=1).all() and np.any(found, axis=0).all()
 
 
 @pytest.mark.parametrize("technique", ["adversarial-fgsm", "adversarial-bim"])

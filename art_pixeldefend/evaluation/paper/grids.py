@@ -156,6 +156,7 @@ GRIDS = {
         attacks=PAPER,
         defences=defences(16, 5),
         models={DENSITY_MODEL: "cifar-10"},
+        recipe="cifar-10",
         paper=paper_accuracy,
         notes=NOTES,
     ),
