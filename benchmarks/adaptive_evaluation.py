@@ -72,8 +72,8 @@ DEFENCES = (
         "Adaptive PixelDefend, eps 32",
         lambda eps: AdaptivePixelDefend(eps=32, pixel_cnn="fashion-mnist", threshold=THRESHOLDS[eps]),
     ),
-    Defence("ScorePurifier, 5 steps, sigma 0.25", lambda eps: ScorePurifier("fashion-mnist-score", 0.25, steps=5), 20),
-    Defence("ManifoldProjection", lambda eps: ManifoldProjection("fashion-mnist-vae"), 10, ("Square",)),
+    Defence("ScorePurifier, 5 steps, sigma 0.25", lambda eps: ScorePurifier("fashion-mnist-score", 0.25, steps=5), 50),
+    Defence("ManifoldProjection", lambda eps: ManifoldProjection("fashion-mnist-vae"), 50, ("Square",)),
     Defence("DeepImagePrior", lambda eps: DeepImagePrior(), 4, ("BPDA", "Square")),
 )
 
@@ -191,7 +191,7 @@ Accuracy in percent on the first test images, by `evaluate_robustness`; budget "
 accuracy is an **upper bound**: a stronger attack may find more. *blind*: the papers' way, BIM on the classifier without
 its defence, last iterates. *transfer*: AdaptivePGD on the same. *BPDA*: AdaptivePGD through the defence, whose gradient
 is taken for the identity (for no defence: its own gradient). *exact or implicit*: with that gradient, and *Square*,
-without any; both attack only images that some draw still classifies correctly (in rows of 5 steps, most draws).
+without any; both attack only images that some draw still classifies correctly.
 *worst case*: each image under the attack that is strongest on it, with Clopper-Pearson intervals. Of random defences an
 accuracy is that of a single draw, from 10 draws an image that the attacks do not know. *PGD-8*, *PGD-25*: classifiers
 trained on PGD within 8 and 25 levels.
