@@ -53,7 +53,7 @@ class AdaptivePGD(EvasionAttack):
       2018, arXiv:1707.07397).
     - ``gradient`` chooses the purifiers' backward pass, among them that of a learned
       :class:`~art_pixeldefend.attacks.Surrogate`.
-    - Images that are misclassified, from the start or on the way, are not attacked further.
+    - Images that all selection draws misclassify, from the start or on the way, are not attacked further.
 
     All random numbers of an image, also the purifiers', are a function of ``seed`` and the image's place in ``x``:
     results do not depend on ``batch_size``, up to rounding. A purifier with an integer seed draws what it draws for
@@ -99,7 +99,8 @@ class AdaptivePGD(EvasionAttack):
         queries: (N,), the images, times draws, that were classified for each image.
         fallen_at: (N,), the number of steps, of all runs together, after which an image was first misclassified in
             most draws: 0 for the clean image; -1 for never.
-        losses: (runs, steps + 1, N), the mean of an image's loss over the draws of each step; NaN after it fell.
+        losses: (runs, steps + 1, N), the mean of an image's loss over the draws of each step; NaN after
+            all selection draws misclassified it.
         zero_gradients: the share of an image's gradients in which every value was zero, over all images and steps.
         nonfinite_gradients: the share of gradients with NaN or infinity, which are replaced by zero.
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from art_pixeldefend.models.base import evaluation_mode
 from art_pixeldefend.validation import check_count, check_number
 
 VERSIONS = {"standard": ("apgd-ce", "apgd-t", "fab-t", "square"), "rand": ("apgd-ce", "apgd-dlr")}
@@ -103,12 +104,6 @@ def auto_attack(
         adversary.square.predict = lambda points: (
             model(points.repeat_interleave(draws, 0)).unflatten(0, (len(points), draws)).mean(1)
         )
-    training = [(module, module.training) for module in model.modules()]
-    with torch.random.fork_rng(devices=[]):
-        try:
-            model.eval()
-            attacked, _ = adversary.run_standard_evaluation(x, y, batch_size=check_count("batch_size", batch_size))
-        finally:
-            for module, mode in training:
-                module.training = mode
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), evaluation_mode(model):
+        attacked, _ = adversary.run_standard_evaluation(x, y, batch_size=check_count("batch_size", batch_size))
     return attacked

@@ -135,7 +135,8 @@ class DetectorAware(EvasionAttack):
                 break
             attacked[left] = self._attack(method).generate(x, labels, start=x, only=left)[left]
             self.success = self._succeeds(attacked, labels, position)
-            self.methods_used[self.success & (self.methods_used < 0)] = position
+            self.methods_used[left & self.success] = position
+        self.methods_used[~self.success] = -1
         return attacked
 
     def _attack(self, method: str | float) -> AdaptivePGD:
@@ -157,11 +158,12 @@ class DetectorAware(EvasionAttack):
         if not is_random(self.estimator):
             wrong = self.estimator.predict(attacked, batch_size=self.batch_size).argmax(axis=1) != labels
         else:
-            images = _to_unit(torch.from_numpy(attacked), self.estimator).to(self.estimator.device)
+            low, high = scalar_clip_values(self.estimator)
+            images = ((torch.from_numpy(attacked) - low) / (high - low)).to(self.estimator.device)
             y, everyone = torch.from_numpy(labels).to(images.device), torch.arange(len(images), device=images.device)
             evaluator = Evaluator(self.estimator, y, self.seed, self.batch_size)
             wrong = evaluator(images, everyone, SELECTION_DRAWS, (position,)).rate.cpu().numpy()
-        return wrong * (1 - self._flagged(attacked)) > 0.5
+        return wrong * (1 - self._flagged(attacked)) > 0.5 if wrong.any() else np.zeros(len(attacked), bool)
 
     def _flagged(self, attacked: np.ndarray) -> np.ndarray:
         """The share of draws in which images at their places are flagged, one draw unless they differ."""

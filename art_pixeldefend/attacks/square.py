@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from art_pixeldefend.attacks.budget import scalar_clip_values
-from art_pixeldefend.attacks.through import Evaluator, labels_of
+from art_pixeldefend.attacks.through import Evaluator, labels_of, projected
 from art_pixeldefend.validation import check_count, check_number
 
 DRAWS = 20
@@ -43,7 +43,9 @@ class Square(EvasionAttack):
         verbose: show a progress bar.
 
     Attributes:
-        success, success_rate, queries, fallen_at: as of :class:`~art_pixeldefend.attacks.AdaptivePGD`.
+        success, success_rate, queries: as of :class:`~art_pixeldefend.attacks.AdaptivePGD`.
+        fallen_at: (N,), the number of steps after which all draws misclassified an image: 0 for the clean image; -1 for
+            never.
 
     Raises:
         ValueError: naming the argument that is not as described.
@@ -89,21 +91,22 @@ class Square(EvasionAttack):
         evaluator = Evaluator(
             self.estimator, labels_of(self.estimator, x, y, self.batch_size), self.seed, self.batch_size
         )
-        self.draws_used = self.draws or (DRAWS if evaluator.random else 1)
+        draws = self.draws or (DRAWS if evaluator.random else 1)
         clean = torch.from_numpy((x - evaluator.low) / (evaluator.high - evaluator.low)).to(evaluator.y.device)
         with torch.no_grad():
-            best, self.fallen_at = self._search(evaluator, clean) if len(x) else (clean, np.zeros(0, int))
-            rate = evaluator(best, torch.arange(len(x)), self.draws_used, (1,)).rate if len(x) else torch.zeros(0)
+            best, self.fallen_at = self._search(evaluator, clean, draws) if len(x) else (clean, np.zeros(0, int))
+            everyone = torch.arange(len(x), device=best.device)
+            rate = evaluator(best, everyone, draws, (1,)).rate if len(x) else torch.zeros(0)
         self.success_rate = rate.cpu().numpy()
         self.success = self.success_rate > 0.5
         self.queries = evaluator.queries.cpu().numpy()
         attacked = best.cpu().numpy() * (evaluator.high - evaluator.low) + evaluator.low
         return np.clip(attacked, evaluator.low, evaluator.high).astype(x.dtype)
 
-    def _search(self, evaluator: Evaluator, clean: Tensor) -> tuple[Tensor, np.ndarray]:
+    def _search(self, evaluator: Evaluator, clean: Tensor, draws: int) -> tuple[Tensor, np.ndarray]:
         """The images with the largest margin found, in [0, 1], and the steps after which they fell."""
         best, eps = clean.clone(), self.eps / (evaluator.high - evaluator.low)
-        found = evaluator(clean, torch.arange(len(clean), device=clean.device), self.draws_used)
+        found = evaluator(clean, torch.arange(len(clean), device=clean.device), draws)
         margin, fallen_at = found.margin, torch.where(found.rate == 1, 0, -1)
         rngs = [np.random.default_rng([evaluator.seed, i]) for i in range(len(clean))]
         for step in tqdm(range(self.steps), unit="step", desc="square", disable=not self.verbose):
@@ -112,9 +115,8 @@ class Square(EvasionAttack):
                 break
             proposed = [self._proposal(rngs[i], tuple(clean.shape[1:]), step) for i in index.tolist()]
             change = eps * torch.from_numpy(np.stack(proposed)).to(clean)
-            centre = clean[index]
-            points = (best[index] + change).minimum(centre + eps).maximum(centre - eps).clamp(0, 1)
-            found = evaluator(points, index, self.draws_used)
+            points = projected(best[index] + change, clean[index], eps, "Linf")
+            found = evaluator(points, index, draws)
             better = (found.margin > margin[index]) | (found.rate == 1)
             best[index[better]], margin[index[better]] = points[better], found.margin[better]
             fallen_at[index[found.rate == 1]] = step + 1

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from art_pixeldefend.levels import Images, as_tensor
 from art_pixeldefend.precision import full_float32
@@ -92,12 +93,11 @@ def fit_surrogate(
         >>> surrogate(torch.from_numpy(x)).shape
         torch.Size([8, 1, 8, 8])
     """
-    from tqdm import tqdm
-
     counts = {"copies": copies, "steps": steps, "batch_size": batch_size, "width": width}
     for name, count in counts.items():
         check_count(name, count)
     check_count("layers", layers, least=2)
+    check_number("learning_rate", learning_rate)
     check_count("seed", seed, least=0)
     images = Images(purifier.image_shape, purifier.clip_values, purifier.channels_first)
     given = as_tensor(x)
@@ -110,7 +110,7 @@ def fit_surrogate(
     with torch.no_grad():
         purified = purifier.purified(perturbed).float()
     device = purifier.device if purifier.model is None else purifier.model.device
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         surrogate = Surrogate(unit.shape[1], width, layers).to(device)
     optimizer = torch.optim.Adam(surrogate.parameters(), learning_rate)

@@ -236,9 +236,14 @@ class ConformalDetector(EvasionDetector):
                 start += len(scores)
                 bar.update(len(scores))
 
+    def _shown(self, report: dict[str, np.ndarray]) -> dict[str, Any]:
+        """What users get of a report of scores and p-values."""
+        return report
+
     def _decide(self, report: dict[str, np.ndarray]) -> tuple[dict, np.ndarray]:
         """The result of :meth:`detect`, of a report of scores and p-values."""
-        return report | {"alpha": self.alpha}, (report["p_values"] <= self.alpha) | _any_nan(report["scores"])
+        is_adversarial = (report["p_values"] <= self.alpha) | _any_nan(report["scores"])
+        return self._shown(report) | {"alpha": self.alpha}, is_adversarial
 
     def detect_batch(
         self, x: np.ndarray, q: float = 0.1, method: str = "bh", batch_size: int | None = None
@@ -270,7 +275,7 @@ class ConformalDetector(EvasionDetector):
             raise ValueError(f"method must be one of {', '.join(RATES)}, got {method!r}")
         report = self._report(x, batch_size)
         q_values = q_values_of(report["p_values"], method)
-        return report | {"q_values": q_values, "q": q}, (q_values <= q) | _any_nan(report["scores"])
+        return self._shown(report) | {"q_values": q_values, "q": q}, (q_values <= q) | _any_nan(report["scores"])
 
     # Gradients, for attacks that include the detector
 

@@ -41,7 +41,9 @@ class PixelDefendDetector(ConformalDetector):
     that went through the same processing as the images to be tested. Constant images are likely under the model: it
     flags 2% of them, and a black one has p = 1 (``benchmarks/false_alarms.py``).
 
-    Fitting evaluates the density model once for each image; :meth:`save` and :meth:`load` keep the result.
+    Fitting evaluates the density model once for each image; :meth:`save` and :meth:`load` keep the result. Reports of
+    :meth:`detect` hold ``p_values`` (N,), ``bits_per_dim`` (N,), ``log_likelihoods`` (N,) in nats, the level ``alpha``
+    and the ``reference``.
 
     | Paper link: https://arxiv.org/abs/1710.10766
 
@@ -130,35 +132,14 @@ class PixelDefendDetector(ConformalDetector):
         self._calibrate(x, batch_size, training=reference == "training")
         self.reference = reference
 
-    def detect(self, x: np.ndarray, batch_size: int | None = None, **kwargs: Any) -> tuple[dict, np.ndarray]:
-        """Compute p-values of images, and flag those of at most ``alpha``.
-
-        Args:
-            x: images (N, C, H, W) or (N, H, W, C) within ``clip_values``.
-            batch_size: images scored at a time, if not the detector's own.
-
-        Returns:
-            (report, is_adversarial): the report holds ``p_values`` (N,), ``bits_per_dim`` (N,), ``log_likelihoods``
-            (N,) in nats, the level ``alpha`` and the ``reference``; is_adversarial is boolean (N,). Images for which
-            the density model gives NaN are flagged.
-
-        Raises:
-            ValueError: if the detector has not been fitted, or naming ``x``, or ``alpha`` if it is too small for the
-                number of calibration images.
-        """
-        return super().detect(x, batch_size)
-
-    def _decide(self, report: dict[str, np.ndarray]) -> tuple[dict, np.ndarray]:
-        decided, is_adversarial = super()._decide(report)
+    def _shown(self, report: dict[str, np.ndarray]) -> dict[str, Any]:
         log_likelihoods = -report["scores"][:, 0]
-        shown = {
-            "p_values": decided["p_values"],
+        return {
+            "p_values": report["p_values"],
             "bits_per_dim": self._bits(log_likelihoods),
             "log_likelihoods": log_likelihoods,
-            "alpha": self.alpha,
             "reference": self.reference,
         }
-        return shown, is_adversarial
 
     def score(self, x: np.ndarray, batch_size: int | None = None) -> np.ndarray:
         """Log-likelihoods (N,) of images, in nats, float64.

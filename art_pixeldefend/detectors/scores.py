@@ -8,8 +8,6 @@ import math
 import struct
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
@@ -22,12 +20,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from art_pixeldefend.levels import TOP, UNIT, Images, to_levels
-from art_pixeldefend.models.base import ImageModel
+from art_pixeldefend.models.base import ImageModel, evaluation_mode
 from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
 from art_pixeldefend.models.score import ScoreModel
 from art_pixeldefend.models.zoo import as_model
 from art_pixeldefend.precision import full_float32
-from art_pixeldefend.purifiers.base import BatchGenerator, Purifier, StraightThrough
+from art_pixeldefend.purifiers.base import GRADIENTS, BatchGenerator, Purifier, StraightThrough
 from art_pixeldefend.purifiers.logits import differentiable_logits
 from art_pixeldefend.validation import check_count, check_number
 
@@ -422,7 +420,7 @@ class PurifierChange(Score):
         changes = []
         for _ in range(self.runs if self.stochastic else 1):
             purified = _purified(self.purifier, x, generator)
-            purified = purified if self.purifier.gradient == "exact" else purified.detach()
+            purified = purified.detach() if self.purifier.gradient == "identity" else purified
             changes.append(purified - x)
         return _root_mean_square(changes)
 
@@ -492,7 +490,7 @@ def outputs_of(classifier: Any, x: Tensor) -> Tensor:
         ValueError: naming ``classifier``, if gradients are needed that it cannot give.
     """
     if isinstance(classifier, nn.Module):
-        with _evaluation_mode(classifier):
+        with evaluation_mode(classifier):
             weights = next(classifier.parameters(), x)
             return classifier(x.to(weights.device, weights.dtype)).to(x.dtype)
     low, high = UNIT if classifier.clip_values is None else classifier.clip_values
@@ -500,7 +498,7 @@ def outputs_of(classifier: Any, x: Tensor) -> Tensor:
     if isinstance(classifier, PyTorchClassifier):
         low, high = (torch.as_tensor(end, dtype=x.dtype, device=x.device) for end in (low, high))
         images = x if channels_first else x.movedim(1, -1)
-        with _evaluation_mode(classifier.model):
+        with evaluation_mode(classifier.model):
             return differentiable_logits(classifier, (images * (high - low) + low).to(classifier.device))
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"classifier must be a module or a PyTorchClassifier for gradients, got {type(classifier)}")
@@ -518,24 +516,13 @@ def _purified(purifier: Purifier, x: Tensor, generator: BatchGenerator) -> Tenso
     if purifier.clips_input:
         x = StraightThrough.apply(x, lambda values: values.clamp(0, 1))
     with purifier._evaluating():
-        if purifier.gradient == "exact":
+        if purifier.gradient in GRADIENTS[1:]:
             return purifier.purify(x, generator)
-        return StraightThrough.apply(x, lambda values: purifier.purify(values, generator))
-
-
-@contextmanager
-def _evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode of a module and its parts, restored at the end."""
-    training = [part for part in module.modules() if part.training]
-    try:
-        for part in training:
-            part.training = False
-        yield
-    finally:
-        for part in module.modules():
-            part.training = False
-        for part in training:
-            part.training = True
+        purified = StraightThrough.apply(x, lambda values: purifier.purify(values, generator))
+        if callable(purifier.gradient) and x.requires_grad and torch.is_grad_enabled():
+            surrogate = purifier.gradient(x)
+            return purified.detach() + (surrogate - surrogate.detach())
+        return purified
 
 
 def _root_mean_square(differences: list[Tensor]) -> Tensor:

@@ -83,8 +83,6 @@ class Subject:
         surrogate_images: np.ndarray | None = None,
     ) -> None:
         self.surrogate_images = surrogate_images
-        if not isinstance(model, (nn.Module, PyTorchClassifier)):
-            raise ValueError(f"model must be a torch module or an ART PyTorchClassifier, got {type(model).__name__}")
         if not (purifier is None or isinstance(purifier, Preprocessor)):
             raise ValueError(f"purifier must be an ART preprocessor or None, got {type(purifier).__name__}")
         classifier = _as_art(model, x) if isinstance(model, nn.Module) else model

@@ -29,6 +29,7 @@ from art_pixeldefend.evaluation.smoothing import fingerprint, hashed
 from art_pixeldefend.evaluation.store import Store
 from art_pixeldefend.evaluation.threat import Threat
 from art_pixeldefend.files import write_atomically
+from art_pixeldefend.models.base import evaluation_mode
 from art_pixeldefend.validation import check_count, check_labels, check_number
 
 CLEAN, WORST_CASE = "clean", "worst case"
@@ -300,35 +301,34 @@ def evaluate_robustness(
     if norm not in ("Linf", "L2"):
         raise ValueError(f"norm must be 'Linf' or 'L2', got {norm!r}")
     ball, seed = Ball(check_number("eps", eps), norm), check_count("seed", seed, 0)
-    network = model.model if isinstance(model, PyTorchClassifier) else model
-    training = [m for m in network.modules() if m.training] if isinstance(network, nn.Module) else []
-    subject = Subject(model, purifier, images, check_count("batch_size", batch_size), surrogate_images)
-    low, high = subject.clip_values
-    if images.min() < low - 1e-6 or images.max() > high + 1e-6:
-        raise ValueError(f"x must be in {low:g}..{high:g}, got {images.min():g}..{images.max():g}")
-    if baseline is not None and (not np.array_equal(baseline.y, labels) or baseline.settings["radius"] != ball.text):
-        raise ValueError(f"baseline must be an evaluation of the same images within {ball.text}")
-    attacks = plan(subject, budget, ball, eot) if isinstance(budget, str) else list(budget)
-    if draws is None:
-        draws = 50 if budget in BUDGETS[1:] else 10
-    if subject.stochastic and check_count("draws", draws, 2) % 2:
-        raise ValueError(f"draws must be even, got {draws}")
-    draws = draws if subject.stochastic else 1
-    settings = {
-        "version": VERSION, "images": hashed([torch.from_numpy(images), torch.from_numpy(labels)]), "eps": ball.eps,
-        "norm": norm, "model": fingerprint(subject.defended), "outputs": hashed([subject.outputs.round(decimals=3)]),
-        "surrogate_images": None if surrogate_images is None else hashed([torch.as_tensor(surrogate_images)]),
-        "seed": seed, "draws": draws, "batch_size": batch_size,
-    }  # fmt: skip
-    with TemporaryDirectory() if folder is None else nullcontext(folder) as place:
-        try:
-            with frozen(subject.bare):
-                runner = _Runner(subject, images, labels, ball, draws, settings, Store(place), verbose)
-                runner.run(attacks)
-                findings = runner.diagnose()
-        finally:
-            for module in training:
-                module.training = True
+    if not isinstance(model, (nn.Module, PyTorchClassifier)):
+        raise ValueError(f"model must be a torch module or an ART PyTorchClassifier, got {type(model).__name__}")
+    with evaluation_mode(model.model if isinstance(model, PyTorchClassifier) else model):
+        subject = Subject(model, purifier, images, check_count("batch_size", batch_size), surrogate_images)
+        low, high = subject.clip_values
+        if images.min() < low - 1e-6 or images.max() > high + 1e-6:
+            raise ValueError(f"x must be in {low:g}..{high:g}, got {images.min():g}..{images.max():g}")
+        if baseline is not None and (
+            not np.array_equal(baseline.y, labels) or baseline.settings["radius"] != ball.text
+        ):
+            raise ValueError(f"baseline must be an evaluation of the same images within {ball.text}")
+        attacks = plan(subject, budget, ball, eot) if isinstance(budget, str) else list(budget)
+        if draws is None:
+            draws = 50 if budget in BUDGETS[1:] else 10
+        if subject.stochastic and check_count("draws", draws, 2) % 2:
+            raise ValueError(f"draws must be even, got {draws}")
+        draws = draws if subject.stochastic else 1
+        settings = {
+            "version": VERSION, "images": hashed([torch.from_numpy(images), torch.from_numpy(labels)]), "eps": ball.eps,
+            "norm": norm, "model": fingerprint(subject.defended),
+            "outputs": hashed([subject.outputs.round(decimals=3)]),
+            "surrogate_images": None if surrogate_images is None else hashed([torch.as_tensor(surrogate_images)]),
+            "seed": seed, "draws": draws, "batch_size": batch_size,
+        }  # fmt: skip
+        with TemporaryDirectory() if folder is None else nullcontext(folder) as place, frozen(subject.bare):
+            runner = _Runner(subject, images, labels, ball, draws, settings, Store(place), verbose)
+            runner.run(attacks)
+            findings = runner.diagnose()
     shown = {
         "eps": ball.eps, "norm": norm, "radius": ball.text, "budget": budget if isinstance(budget, str) else "custom",
         "seed": seed, "draws": draws, "images": len(images), "batch_size": batch_size,

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from art_pixeldefend.evaluation.preprocessors import description
 from art_pixeldefend.files import check_file, write_atomically
 from art_pixeldefend.levels import as_tensor
+from art_pixeldefend.models.base import evaluation_mode
 from art_pixeldefend.processes import process_group
 from art_pixeldefend.purifiers import PurifiedModel, Purifier
 from art_pixeldefend.purifiers.base import BatchGenerator
@@ -245,13 +246,8 @@ def _logits(classifier: Classifier) -> Callable[[Tensor], Tensor]:
 
     @torch.no_grad()
     def evaluate(x: Tensor) -> Tensor:
-        training = [module for module in classifier.modules() if module.training]
-        classifier.eval()
-        try:
+        with evaluation_mode(classifier):
             return classifier(x.to(device or x.device))
-        finally:
-            for module in training:
-                module.training = True
 
     return evaluate
 

@@ -32,7 +32,7 @@ def classifier(network, clip_values=(0, 1), side=8, **options):
 
 
 @pytest.fixture(scope="module")
-def test_images(digits):
+def digit_images(digits):
     return (digits.x_test[:COUNT] / 255).astype(np.float32), digits.y_test[:COUNT]
 
 
@@ -81,8 +81,8 @@ def test_an_attack_that_knows_the_likelihood_beats_its_detector(clothes):
 
 
 @pytest.mark.parametrize("name", SCORES)
-def test_an_attack_that_knows_a_score_beats_it_far_more_often_than_a_blind_one(name, network, digits, test_images):
-    estimator, detector, (x, y) = classifier(network), fitted(SCORES[name](), digits), test_images
+def test_an_attack_that_knows_a_score_beats_it_far_more_often_than_a_blind_one(name, network, digits, digit_images):
+    estimator, detector, (x, y) = classifier(network), fitted(SCORES[name](), digits), digit_images
     blind = make_attack("bim", estimator, EPS).generate(x, y)
     assert (estimator.predict(blind).argmax(axis=1) != y).mean() > 0.7
     attack = DetectorAware(estimator, detector, eps=EPS / 255, steps=20, methods=["orthogonal", 1.0], seed=0)
@@ -93,8 +93,8 @@ def test_an_attack_that_knows_a_score_beats_it_far_more_often_than_a_blind_one(n
 
 
 @pytest.mark.parametrize("combine", ["bonferroni", "harmonic", "cauchy", "joint"])
-def test_a_combination_is_attacked_as_a_whole(combine, network, digits, test_images):
-    estimator, (x, y) = classifier(network), test_images
+def test_a_combination_is_attacked_as_a_whole(combine, network, digits, digit_images):
+    estimator, (x, y) = classifier(network), digit_images
     detector = fitted([score() for score in SCORES.values()], digits, combine=combine)
     blind = make_attack("bim", estimator, EPS).generate(x, y)
     attack = DetectorAware(estimator, detector, eps=EPS / 255, steps=20, methods=["selective"], seed=0)
@@ -131,8 +131,8 @@ def test_misclassified_images_below_the_threshold_pass_adaptive_pixeldefend(clot
     assert wrong.mean() > (defended.predict(blind).argmax(axis=1) != y).mean()
 
 
-def test_purification_and_detection_are_attacked_together(network, digits, test_images):
-    detector, (x, y) = fitted(SCORES["score norm"](), digits), test_images
+def test_purification_and_detection_are_attacked_together(network, digits, digit_images):
+    detector, (x, y) = fitted(SCORES["score norm"](), digits), digit_images
     estimator = classifier(network, preprocessing_defences=[ScorePurifier("digits-score", sigma=0.1, seed=0)])
     blind = make_attack("bim", estimator, EPS).generate(x, y)
     attack = DetectorAware(estimator, detector, eps=EPS / 255, steps=20, methods=["selective", 1.0], seed=0)
@@ -210,8 +210,8 @@ class ChannelsFirst(nn.Module):
 
 
 @pytest.mark.parametrize("detected", [(0, 1), (0, 255)])
-def test_ranges_and_layouts_give_the_same_images(detected, network, digits, test_images):
-    (x, y), detector = (part[:6] for part in test_images), fitted(SCORES["score norm"](), digits)
+def test_ranges_and_layouts_give_the_same_images(detected, network, digits, digit_images):
+    (x, y), detector = (part[:6] for part in digit_images), fitted(SCORES["score norm"](), digits)
     options = {"eps": 12 / 255, "steps": 5, "methods": ["selective"], "seed": 0}
     attack = DetectorAware(classifier(network), detector, **options)
     expected = np.rint(255 * attack.generate(x, y))
@@ -231,6 +231,29 @@ def test_ranges_and_layouts_give_the_same_images(detected, network, digits, test
     assert attack.generate(x[:0], y[:0]).shape == (0, 1, 8, 8)
 
 
+def test_a_random_purifier_gets_colour_images_in_the_estimators_layout(digits):
+    colour = np.repeat((digits.x_test[:40] / 255).astype(np.float32), 3, axis=1)
+    detector = ConformalDetector(Coarse(), alpha=0.1)
+    detector.fit(colour[8:])
+    convolution = nn.Sequential(ChannelsFirst(), nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(72, 10))
+    last = PyTorchClassifier(
+        convolution, nn.CrossEntropyLoss(), (8, 8, 3), 10, clip_values=(0, 1), device_type="cpu", channels_first=False,
+        preprocessing_defences=[Noise()],
+    )  # fmt: skip
+    x = np.moveaxis(colour[:8], 1, -1)
+    attack = DetectorAware(last, detector, eps=EPS / 255, steps=2, methods=["selective"], seed=0)
+    assert attack.generate(x, digits.y_test[:8]).shape == x.shape and attack.success.shape == (8,)
+
+
+def test_the_method_that_is_reported_is_of_images_on_which_it_succeeded(network, digits, monkeypatch):
+    x, y = (digits.x_test[:2] / 255).astype(np.float32), digits.y_test[:2]
+    attack = DetectorAware(classifier(network), fitted(Coarse(), digits), steps=1, methods=[1.0, 2.0], seed=0)
+    judgements = iter([np.array([True, False]), np.array([False, True])])  # of other draws each time
+    monkeypatch.setattr(attack, "_succeeds", lambda *args: next(judgements))
+    attack.generate(x, y)
+    assert attack.methods_used.tolist() == [-1, 1]
+
+
 @pytest.mark.parametrize(
     "bad",
     [{"detector": "likelihood"}, {"methods": []}, {"methods": "selective"}, {"methods": ["greedy"]}, {"methods": [-1]},
@@ -244,10 +267,10 @@ def test_impossible_arguments_are_refused_by_name(bad, network, digits):
         DetectorAware(classifier(network), ConformalDetector(SCORES["score norm"]()))
 
 
-def test_gradient_steps_move_the_most_important_value_most(network, test_images):
+def test_gradient_steps_move_the_most_important_value_most(network, digit_images):
     from art_pixeldefend.attacks import AdaptivePGD
 
-    estimator, (x, y) = classifier(network), test_images
+    estimator, (x, y) = classifier(network), digit_images
     options = {"eps": 0.1, "steps": 1, "schedule": "constant", "step_size": 0.05, "momentum": 0}
     change = {}
     for along in ("sign", "gradient"):

@@ -108,6 +108,13 @@ def test_report_is_consistent_and_in_arts_form(detector, pixel_cnn, drawn):
     np.testing.assert_allclose(report["bits_per_dim"], pixel_cnn.bits_per_dim(drawn[:7]).numpy(), rtol=1e-5)
 
 
+def test_reports_of_batches_hold_what_those_of_images_do(detector, drawn):
+    alone, together = detector.detect(drawn[:7])[0], detector.detect_batch(drawn[:7], q=0.2)[0]
+    assert set(together) == set(alone) - {"alpha"} | {"q", "q_values"}
+    for name in ("p_values", "bits_per_dim", "log_likelihoods"):
+        np.testing.assert_array_equal(together[name], alone[name])
+
+
 def test_ranges_layouts_and_tensors_give_the_same_p_values(detector, pixel_cnn, drawn):
     x = drawn[600:620]
     expected = detector.detect(x)[0]["p_values"]

@@ -174,6 +174,30 @@ def test_purifier_change_is_the_root_mean_square_change(pixel_cnn, levels):
     np.testing.assert_allclose(PurifierChange(purifier)(levels / 255), expected, atol=1e-6)
 
 
+class Halved(Purifier):
+    gradients = ("identity", "exact", "implicit")
+
+    def purify(self, x, generator):
+        return x / 2
+
+
+@pytest.mark.parametrize("kind", [PurifierChange, PredictionChange])
+def test_gradients_of_purification_are_those_that_the_purifier_is_told(kind, levels):
+    def gradient(way):
+        purifier = Halved(gradient=way)
+        score = kind(purifier) if kind is PurifierChange else kind(network(), purifier)
+        x = (levels[:3] / 255).requires_grad_()
+        value = score(x)
+        return value.detach(), torch.autograd.grad(value.sum(), x)[0]
+
+    value, exact = gradient("exact")
+    for way in ("implicit", lambda x: x / 2):
+        found = gradient(way)
+        assert torch.equal(found[0], value) or torch.allclose(found[0], value)
+        torch.testing.assert_close(found[1], exact)
+    assert not torch.allclose(gradient("identity")[1], exact)
+
+
 def test_gradient_of_no_change_is_zero():
     class Unchanged(Purifier):
         gradients = ("exact",)

@@ -23,7 +23,7 @@ FAST = [name for name in ON_A_CPU if name != "reference"]
 SHAPES = {"grey": (1, 6, 8), "RGB": (3, 6, 5), "two channels": (2, 5, 7), "odd": (1, 7, 5)}
 
 
-def agree(model, x, eps, method, expected):
+def assert_agree(model, x, eps, method, expected):
     """Equal but for sub-pixels where rounding decides; an image with such a tie may differ from there on."""
     found = greedy_decode(model, x, eps, method)
     certificate = certify(model, x, found, eps)
@@ -45,7 +45,7 @@ def reference(make_model, make_levels, shape, eps):
 @pytest.mark.parametrize("eps", [0, 1, 16, 255])
 def test_engines_give_the_image_of_the_reference(make_model, make_levels, shape, eps, method):
     model, x, expected = reference(make_model, make_levels, shape, eps)
-    assert agree(model, x, eps, method, expected) == 0
+    assert assert_agree(model, x, eps, method, expected) == 0
 
 
 @pytest.mark.parametrize("method", FAST)
@@ -61,7 +61,7 @@ def test_engines_agree_on_any_model_and_image(method, data):
     ).eval()
     x = torch.randint(0, 256, (data.draw(st.integers(0, 5), "batch"), *shape), dtype=torch.uint8)
     eps = data.draw(st.integers(0, 255), "eps")
-    agree(model, x, eps, method, greedy_decode(model, x, eps, "reference"))
+    assert_agree(model, x, eps, method, greedy_decode(model, x, eps, "reference"))
 
 
 @pytest.mark.parametrize("method", ON_A_CPU)
@@ -108,11 +108,11 @@ def test_batch_sizes_and_thread_counts_give_the_same_images(make_model, make_lev
     together = greedy_decode(model, x, 16, method, batch_size=300)
     assert certify(model, x, together, 16).exact.all()
     for count in (1, 2, 7):
-        agree(model, x[:count], 16, method, together[:count])
+        assert_agree(model, x[:count], 16, method, together[:count])
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        agree(model, x[:11], 16, method, together[:11])
+        assert_agree(model, x[:11], 16, method, together[:11])
     finally:
         torch.set_num_threads(threads)
 
@@ -132,13 +132,13 @@ def test_extreme_mixtures_make_no_ties_in_the_tails(make_levels, log_scale, mean
             if log_scale == 14:  # flat to the last bit: which level wins is rounding, and all of them are right
                 assert certify(model, x, greedy_decode(model, x, eps, method), eps).exact.all()
             else:
-                agree(model, x, eps, method, expected)
+                assert_agree(model, x, eps, method, expected)
 
 
 @pytest.mark.parametrize("method", FAST)
 def test_trained_models_agree_on_digits(digits_model, digits, method):
     x = torch.from_numpy(digits.x_test[:16])
-    agree(digits_model, x, 32, method, greedy_decode(digits_model, x, 32, "reference"))
+    assert_agree(digits_model, x, 32, method, greedy_decode(digits_model, x, 32, "reference"))
 
 
 def test_what_is_no_model_and_no_method_is_refused_by_name(make_model, make_levels):
@@ -162,7 +162,7 @@ def test_an_engine_that_cannot_decode_with_a_model_is_refused_and_auto_takes_ano
     with pytest.raises(ValueError, match=f"method '{method}' needs .*({lacking})"):
         greedy_decode(model, x, 16, method)
     assert choose_engine(model, "auto") != method
-    agree(model, x, 16, "auto", greedy_decode(model, x, 16, "reference"))
+    assert_agree(model, x, 16, "auto", greedy_decode(model, x, 16, "reference"))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -208,7 +208,7 @@ def test_weights_changed_between_calls_are_seen(make_model, make_levels):
     for method in ("cached", "compiled"):
         greedy_decode(model, x, 255, method)
         model.network.head.bias.data.add_(0.5)
-        agree(model, x, 255, method, greedy_decode(model, x, 255, "reference"))
+        assert_agree(model, x, 255, method, greedy_decode(model, x, 255, "reference"))
 
 
 def test_the_cached_and_the_fixed_point_engine_take_any_rule(make_model, make_levels):
