@@ -353,7 +353,7 @@ def detect(
 
     Images are compared with clean ones of the same kind. If --calibration names a data set or the folder that the
     models were trained on, only images that no model has seen are used. From any other folder or file all are used.
-    Images are read in batches, so that the memory does not grow with their number.
+    Images of a folder or a .npy file are read in batches, so that the memory does not grow with their number.
 
     --fdr uses the Benjamini-Hochberg procedure for one score, and Benjamini-Yekutieli's for several.
     """
@@ -652,14 +652,8 @@ def grid(
 def _model_options(model_class: type[ImageModel], given: dict, assignments: list[str] | None) -> dict:
     """Arguments of a model's constructor, ``given`` and from NAME=VALUE texts."""
     import inspect
-    import json
 
-    for text in assignments or ():
-        name, _, value = text.partition("=")
-        try:
-            given[name.replace("-", "_")] = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--set must be NAME=VALUE with a value in JSON, got {text!r}") from error
+    given = given | _assignments(assignments)
     known = [name for name in inspect.signature(model_class).parameters if name != "image_shape"]
     for name in given:
         if name not in known:

@@ -164,14 +164,14 @@ SAMPLED = 256
 def sample(x: np.ndarray) -> list[str]:
     """Identify some of the images (N, C, H, W), uint8: the first 64 bits of the 256 smallest SHA-256 of single images.
 
-    Any of them that is among other images has one of the smallest hashes there, too, so that part of a set is
-    recognised by a list of a few kilobytes; see :func:`training_images_in`.
+    An image has the same hash wherever it is, so that a list of a few kilobytes tells images of a training set, or a
+    part of one; see :func:`training_images_in`.
     """
     return sorted(_image_hash(image) for image in x)[:SAMPLED]
 
 
 def training_images_in(x: np.ndarray, model: Any) -> int:
-    """Count the images that, by its provenance, ``model`` was trained on.
+    """Count images that are known to be training images of ``model``, a lower bound.
 
     The trainer records a :func:`fingerprint` of the training images and a :func:`sample` of them. A positive result is
     certain, but an image outside the sample is found only if ``x`` is the whole training set: of M training images
@@ -188,7 +188,7 @@ def training_images_in(x: np.ndarray, model: Any) -> int:
     while isinstance(provenance, Mapping):
         if provenance.get(FINGERPRINT) == whole:
             return len(x)
-        known = provenance.get(SAMPLE, _official_sample(provenance))
+        known = provenance[SAMPLE] if SAMPLE in provenance else _official_sample(provenance)
         found = max(found, len(set(known).intersection(hashes)) if isinstance(known, list) else 0)
         provenance = provenance.get("start")
     return found
@@ -247,7 +247,6 @@ def read(
     model: Any,
     data_dir: str | PathLike[str] | None = None,
     *,
-    reserved: bool = True,
     exclude: str | PathLike[str] | None = None,
 ) -> ImageSet:
     """Read images for a model: the test images of a data set, or all images of a folder or an array file.
@@ -256,15 +255,13 @@ def read(
         source: a data set's name, or a path as for :func:`read_images`.
         model: an image model; images are grey or RGB as it is, and must be of its size.
         data_dir: as for :func:`load`.
-        reserved: include the test images of a data set that :meth:`Dataset.calibration` gives for this model.
         exclude: as for :func:`read_images`.
 
     Raises:
         ValueError, FileNotFoundError: as :func:`load` and :func:`read_images`; for images of another shape.
     """
     if source in NAMED:
-        data = load(source, data_dir)
-        found = _numbered(data.x_test if reserved else data.test(model).x)
+        found = _numbered(load(source, data_dir).x_test)
     else:
         found = read_images(source, model.image_shape[:1], exclude=exclude)
     _check_shape(source, found.levels, model.image_shape)

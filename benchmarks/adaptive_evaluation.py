@@ -23,6 +23,7 @@ import torch
 import typer
 from art.defences.preprocessor import FeatureSqueezing, Preprocessor
 from published import RESULTS, DataDir, Work
+from torch import nn
 
 from art_pixeldefend import (
     AdaptivePixelDefend,
@@ -35,7 +36,7 @@ from art_pixeldefend import (
     classifiers,
     datasets,
 )
-from art_pixeldefend.attacks import auto_attack
+from art_pixeldefend.attacks import auto_attack, make_attack
 from art_pixeldefend.evaluation import evaluate_robustness, runner
 from art_pixeldefend.evaluation.protocol import Ball, Subject, plan
 from art_pixeldefend.evaluation.store import Store
@@ -45,6 +46,17 @@ from art_pixeldefend.levels import UNIT
 
 NORMAL, RADII = "fashion-mnist-resnet", (8, 25)
 SURROGATE_IMAGES = 1000  # of the training images
+VALIDATION = 200  # images that choose the thresholds of Adaptive PixelDefend
+
+
+def calibrated(eps: int, network: nn.Module, data: datasets.Dataset) -> AdaptivePixelDefend:
+    """Adaptive PixelDefend with the threshold that images of the calibration split choose under blind attacks."""
+    defence, classifier = AdaptivePixelDefend(eps=32, pixel_cnn="fashion-mnist"), classifiers.as_art(network)
+    chosen = data.calibration(defence.pixel_cnn)
+    x, y = chosen.x[:VALIDATION].astype(np.float32) / 255, chosen.y[:VALIDATION]
+    attacked = {name: make_attack(name, classifier, eps).generate(x, y) for name in ("fgsm", "bim", "deepfool", "cw")}
+    defence.calibrate(classifier, attacked | {"clean": x}, y)
+    return defence
 
 
 @dataclass(frozen=True)
@@ -52,7 +64,7 @@ class Defence:
     """A row: a defence, how many images it is measured on at most, and attacks that it is too slow for."""
 
     name: str
-    make: Callable[[int], Preprocessor | None]
+    make: Callable[[int, nn.Module, datasets.Dataset], Preprocessor | None]  # of radius, classifier and images
     images: int | None = None
     left_out: tuple[str, ...] = ()
 
@@ -61,20 +73,19 @@ AUTO_ATTACK = (
     "`pyautoattack` on `PurifiedModel`: APGD on the cross-entropy and towards 2 targets, 20 iterations each; beside it "
     "the worst case above."
 )
-THRESHOLDS = {8: 2.717, 25: 2.921}  # in bits/dim, of results/fashion-mnist.md
 DEFENCES = (
-    Defence("none", lambda eps: None),
-    Defence("PixelDefend, eps 32", lambda eps: PixelDefend(eps=32, pixel_cnn="fashion-mnist")),
-    Defence("ScorePurifier, one pass, sigma 0.25", lambda eps: ScorePurifier("fashion-mnist-score", 0.25)),
-    Defence("feature squeezing, 3 bits", lambda eps: FeatureSqueezing(clip_values=UNIT, bit_depth=3)),
-    Defence("ScoreDenoiser, sigma 0.1", lambda eps: ScoreDenoiser("fashion-mnist-score", 0.1)),
+    Defence("none", lambda *_: None),
+    Defence("PixelDefend, eps 32", lambda *_: PixelDefend(eps=32, pixel_cnn="fashion-mnist")),
+    Defence("ScorePurifier, one pass, sigma 0.25", lambda *_: ScorePurifier("fashion-mnist-score", 0.25)),
+    Defence("feature squeezing, 3 bits", lambda *_: FeatureSqueezing(clip_values=UNIT, bit_depth=3)),
+    Defence("ScoreDenoiser, sigma 0.1", lambda *_: ScoreDenoiser("fashion-mnist-score", 0.1)),
     Defence(
         "Adaptive PixelDefend, eps 32",
-        lambda eps: AdaptivePixelDefend(eps=32, pixel_cnn="fashion-mnist", threshold=THRESHOLDS[eps]),
+        lambda eps, network, data: calibrated(eps, network, data),
     ),
-    Defence("ScorePurifier, 5 steps, sigma 0.25", lambda eps: ScorePurifier("fashion-mnist-score", 0.25, steps=5), 50),
-    Defence("ManifoldProjection", lambda eps: ManifoldProjection("fashion-mnist-vae"), 50, ("Square",)),
-    Defence("DeepImagePrior", lambda eps: DeepImagePrior(), 4, ("BPDA", "Square")),
+    Defence("ScorePurifier, 5 steps, sigma 0.25", lambda *_: ScorePurifier("fashion-mnist-score", 0.25, steps=5), 50),
+    Defence("ManifoldProjection", lambda *_: ManifoldProjection("fashion-mnist-vae"), 50, ("Square",)),
+    Defence("DeepImagePrior", lambda *_: DeepImagePrior(), 4, ("BPDA", "Square")),
 )
 
 
@@ -84,7 +95,8 @@ def measure(
     """One row of the results."""
     count = min(images, defence.images or images)
     x, y = data.x_test[:count].astype(np.float32) / 255, data.y_test[:count]
-    purifier, network = defence.make(eps), classifiers.load(classifier)
+    network = classifiers.load(classifier)
+    purifier = defence.make(eps, network, data)
     rate = None
     if purifier is not None:
         purifier(x[:2])  # compiles what is compiled
@@ -127,7 +139,8 @@ def public_check(
 ) -> dict[str, Any]:
     """The accuracy of a deterministic defence under the public AutoAttack's APGD, with the purifier's own gradient."""
     x, y = torch.from_numpy(data.x_test[:images]).float() / 255, torch.from_numpy(data.y_test[:images])
-    purifier, network = defence.make(eps), classifiers.load(classifier).requires_grad_(False)
+    network = classifiers.load(classifier).requires_grad_(False)
+    purifier = defence.make(eps, network, data)
     model = network if purifier is None else PurifiedModel(network, purifier).eval()
     settings: dict[str, Any] = {"attacks": ["apgd-ce", "apgd-t"], "iterations": 20, "targets": 2}
 

@@ -32,7 +32,7 @@ class ManifoldAdversarialTrainer(RecipeTrainer):
             fewer confident pairs and a lower accuracy on clean images: with 0.2 a ResNet for Fashion-MNIST came to give
             nearly all images one class (``benchmarks/results/manifold-defense.md``). The authors begin with an
             adversarially trained classifier.
-        recipe: how long and how fast; ``mixed_precision`` is not used.
+        recipe: how long and how fast; ``crops`` and ``mixed_precision`` are not used.
         seed: of order, flips and pairs.
         verbose: show a progress bar.
 

@@ -163,13 +163,16 @@ def load_module(source: str, weights: str | PathLike[str] | None = None) -> nn.M
         ValueError: naming ``classifier`` or ``weights``, if it is not as described.
     """
     path = Path(source)
+    module, _, function = source.partition(":")
+    imported = bool(function) and not path.exists()
+    if weights is not None and not imported:
+        raise ValueError(f"weights must be given with package.module:function only, classifier is {source!r}")
     if path.is_file() and path.suffix != ".safetensors":
         try:
             return torch.jit.load(source, map_location="cpu").eval()
         except RuntimeError as error:
             raise ValueError(f"classifier {source!r} is not a TorchScript file") from error
-    module, _, function = source.partition(":")
-    if not function or path.exists():
+    if not imported:
         return load(source)
     try:
         model = getattr(import_module(module), function)()

@@ -27,10 +27,11 @@ from art_pixeldefend.attacks.training import HalfNormalBIM, HalfNormalFGSM, Trai
 from art_pixeldefend.classifiers.layers import Network
 from art_pixeldefend.classifiers.networks import as_art
 from art_pixeldefend.datasets import fingerprint
-from art_pixeldefend.models.checkpoint import RUN, read, write
+from art_pixeldefend.models.checkpoint import read, write
 from art_pixeldefend.precision import bf16_pays
 from art_pixeldefend.validation import check_labels
 
+RUN = "classifier-training-run"  # the kind of checkpoints
 SMOOTHING = 0.1  # the probability that label smoothing takes from the true class
 RATIO = 0.6 / 2.6  # the fraction of a batch that the paper's adversarial training attacks
 ADVERSARIAL: dict[str, tuple[type[TrainingAttack], float]] = {  # the attack, and the fraction of a batch it gets
@@ -127,8 +128,9 @@ def train(
         delta: size of the radius, in levels (the paper: 8 for CIFAR-10, 8 or 25 for Fashion-MNIST).
         smoothing: the true class has probability 1 - smoothing, each other class smoothing / (classes - 1).
         seed: of the order, flips, crops, dropout and attacks.
-        checkpoint: a file to store the run in every ``every`` steps. If it is there, training continues from it, to the
-            same weights as without an interruption; it must be of the same arguments. It is removed at the end.
+        checkpoint: a file to store the run in every ``every`` steps. If it is there, training continues from it, on a
+            CPU to the same weights as without an interruption; it must be of the same network and arguments. It is
+            removed at the end.
         every: steps between checkpoints.
         verbose: show a progress bar.
 
@@ -164,6 +166,7 @@ def train(
         run = _Run(model, classifier.optimizer, scheduler, attack)
         arguments = {"recipe": asdict(recipe), "technique": technique, "delta": delta, "seed": seed}
         arguments |= {"smoothing": smoothing, "x": fingerprint(x), "y": fingerprint(labels)}
+        arguments |= {"network": model.network, "configuration": model.configuration}
         if checkpoint is not None and Path(checkpoint).exists():
             run.load(checkpoint, arguments)
         # Created before standard error is redirected, which hides the progress bar that ART shows for every batch.
@@ -241,7 +244,7 @@ class _Run:
         """Read a checkpoint. A file that is not one, or one of other arguments, raises ValueError."""
         tensors, header = read(path)
         if header.get("kind") != RUN or header["arguments"] != json.loads(json.dumps(arguments)):
-            raise ValueError(f"checkpoint {str(path)!r} is not of a training run with these arguments")
+            raise ValueError(f"checkpoint {str(path)!r} is not of a training run of this network with these arguments")
         prefix = "model."
         self.model.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         optimizer = self.optimizer.state_dict()

@@ -29,7 +29,7 @@ class RecipeTrainer(Trainer):
 
     Args:
         classifier: an ART classifier.
-        recipe: how long and how fast; ``mixed_precision`` is not used.
+        recipe: how long and how fast; ``crops`` and ``mixed_precision`` are not used.
         seed: of order, flips and everything else that is random.
         verbose: show a progress bar.
 
@@ -98,7 +98,7 @@ class PurifiedTrainer(RecipeTrainer):
             ``ScoreDenoiser``, take a ``ScorePurifier`` of the same model: it adds the noise, too.
         vary: (lowest, highest) by name of parameters of the purifier, of which every batch gets a uniform draw:
             ``{"sigma": (0.1, 0.5)}``.
-        recipe: how long and how fast; ``mixed_precision`` is not used.
+        recipe: how long and how fast; ``crops`` and ``mixed_precision`` are not used.
         seed: of order, flips, parameters, and the purifier's random numbers.
         verbose: show a progress bar.
 

@@ -199,6 +199,7 @@ class Purifier(PreprocessorPyTorch):
     gradients: tuple[str, ...] = ("identity",)
     model: Any = None
     channels_first: bool | None = None
+    recomputed = True  # in the backward pass of several batches, so that their activations need not be kept
     clips_input: bool = True  # images are clipped to ``clip_values``, with a warning, before ``purify`` gets them
     precision: torch.dtype = torch.float32  # the least precise dtype of the images that ``purify`` gets
 
@@ -299,6 +300,8 @@ class Purifier(PreprocessorPyTorch):
 
         differentiated = x.requires_grad and torch.is_grad_enabled()
         if differentiated and self.gradient in GRADIENTS[1:]:
+            if not self.recomputed:
+                return batches(lambda part: purify(x[part], part.start))
             return Exact.apply(x, purify, batches)
         with torch.no_grad():
             result = batches(lambda part: purify(x[part], part.start))

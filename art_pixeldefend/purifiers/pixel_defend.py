@@ -59,6 +59,7 @@ class PixelDefend(Purifier):
     params = [*Purifier.params, "eps", "pixel_cnn", "method"]
     gradients = ("identity", "implicit")
     precision = torch.float64  # rounding to levels is that of the exact value
+    recomputed = False  # the backward pass needs no activations
 
     def __init__(
         self,

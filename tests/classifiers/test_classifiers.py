@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from art_pixeldefend import datasets
+from art_pixeldefend import PixelCNNpp, datasets
 from art_pixeldefend.attacks import HalfNormalFGSM
 from art_pixeldefend.classifiers import (
     NETWORKS,
@@ -15,6 +15,7 @@ from art_pixeldefend.classifiers import (
     as_art,
     build,
     load,
+    load_module,
     names,
     save,
     train,
@@ -23,6 +24,9 @@ from art_pixeldefend.classifiers import (
 from art_pixeldefend.classifiers.layers import BatchNorm, Standardise
 from art_pixeldefend.classifiers.networks import WEIGHTS
 from art_pixeldefend.classifiers.training import shortened
+from art_pixeldefend.models import zoo
+from art_pixeldefend.models.training import Settings, as_start
+from art_pixeldefend.models.training import train as train_model
 
 TINY = Recipe(steps=3, batch_size=16, mixed_precision=False, flips=False)
 
@@ -141,10 +145,26 @@ def test_a_checkpoint_of_other_arguments_is_refused(digits, tmp_path, monkeypatc
     arguments = digits.x_train[:64], digits.y_train[:64], TINY
     train(small("resnet"), *arguments, checkpoint=file, every=1)
     for changed in ({"seed": 3}, {"technique": "label-smoothing"}):
-        with pytest.raises(ValueError, match=r"checkpoint .* not of a training run with these arguments"):
+        with pytest.raises(
+            ValueError, match=r"checkpoint .* not of a training run of this network with these arguments"
+        ):
             train(small("resnet"), *arguments, checkpoint=file, **changed)
-    with pytest.raises(ValueError, match=r"checkpoint .* not of a training run with these arguments"):
+    with pytest.raises(ValueError, match=r"checkpoint .* not of a training run of this network with these arguments"):
         train(small("resnet"), digits.x_train[64:128], *arguments[1:], checkpoint=file)
+    with pytest.raises(ValueError, match=r"checkpoint .* not of a training run of this network"):
+        train(build("resnet", (1, 8, 8), units=2), *arguments, checkpoint=file)
+    with pytest.raises(ValueError, match=r"is of kind .* not a model of images"):
+        zoo.load(file)
+    with pytest.raises(ValueError, match="classifier-training-run"):
+        as_start(file, PixelCNNpp)
+
+
+def test_a_checkpoint_of_an_image_model_is_refused(digits, tmp_path, make_model):
+    images = digits.x_train[:8]
+    run = Settings(steps=1, batch_size=4)
+    train_model(make_model(images.shape[1:]), PixelCNNpp.loss, images, run, tmp_path, device="cpu", verbose=False)
+    with pytest.raises(ValueError, match=r"checkpoint .* not of a training run of this network"):
+        train(small("resnet"), images, digits.y_train[:8], TINY, checkpoint=tmp_path / "checkpoint.safetensors")
 
 
 @pytest.mark.parametrize("steps", range(1, 12))
@@ -343,3 +363,9 @@ def test_the_paper_recipe_divides_the_learning_rate_by_ten_at_its_milestones():
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step(), scheduler.step()
     assert rates == pytest.approx([0.1] * 4 + [0.01] * 2 + [0.001] * 2)
+
+
+@pytest.mark.parametrize("source", ["fashion-mnist-resnet", "network.pt"])
+def test_weights_that_would_be_ignored_are_refused(source):
+    with pytest.raises(ValueError, match="weights must be given with"):
+        load_module(source, "weights.safetensors")

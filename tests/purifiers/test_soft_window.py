@@ -102,3 +102,19 @@ def test_images_that_are_not_purified_pass_their_gradients_on(make_model, make_l
     assert kept.any() and not kept.all()
     (gradient,) = torch.autograd.grad(purified.sum(), inputs)
     assert (gradient[kept] == 1).all() and (gradient[~kept] != 1).any()
+
+
+def test_the_backward_pass_decodes_nothing_however_many_batches(make_model, make_levels, monkeypatch):
+    model, levels = make_model((1, 4, 4)), torch.from_numpy(make_levels(5, (1, 4, 4)))
+    results = []
+    for batch_size in (2, 5):
+        purifier = PixelDefend(eps=24, pixel_cnn=model, gradient="implicit", batch_size=batch_size)
+        decoded = []
+        decode = purifier.purify_levels
+        monkeypatch.setattr(
+            purifier, "purify_levels", lambda x, decode=decode, n=decoded: n.append(len(x)) or decode(x)
+        )
+        x = (levels.double() / 255).requires_grad_()
+        results.append(torch.autograd.grad(purifier(x)[0].square().sum(), x)[0])
+        assert sum(decoded) == 5
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)  # the model computes in float32

@@ -266,3 +266,13 @@ def test_without_numba_auto_takes_another_engine(make_model, make_levels, monkey
             greedy_decode(model, x, 16, "compiled")
     finally:
         compilation.has_numba.cache_clear()
+
+
+def test_a_batch_is_decoded_once_also_when_weights_have_changed(make_model, make_levels, monkeypatch):
+    model, x, executed = make_model((1, 5, 5)), torch.from_numpy(make_levels(3, (1, 5, 5))), []
+    execute = engine._execute
+    monkeypatch.setattr(engine, "_execute", lambda *args: executed.append(1) or execute(*args))
+    for _ in range(2):
+        greedy_decode(model, x, 9, "compiled")
+        model.network.head.bias.data.add_(0.5)
+    assert len(executed) == 2

@@ -36,12 +36,13 @@ def compiled_decode(pixel_cnn: PixelCNNpp, x: Tensor, eps: int) -> Tensor:
     with _lock:
         kept = _programs.get(pixel_cnn)
     unchanged = False
-    if kept is not None:
-        # Comparing the weights takes a tenth of the time of a single image: it is done meanwhile.
+    if kept is not None and len(levels) == 1:  # comparing the weights takes a tenth of the time: it is done meanwhile
         with ThreadPoolExecutor(1) as pool:
             comparison = pool.submit(kept[0].matches, pixel_cnn)
             purified = _execute(kept[1], levels, eps)
             unchanged = comparison.result()
+    elif kept is not None and kept[0].matches(pixel_cnn):
+        purified, unchanged = _execute(kept[1], levels, eps), True
     if not unchanged:
         made = Snapshot(pixel_cnn), Program(pixel_cnn)
         with _lock:
