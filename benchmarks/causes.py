@@ -2,7 +2,7 @@
 
     python benchmarks/causes.py --work FOLDER --density-model FILE --density-model FILE
 
-``FOLDER`` is the one of ``fashion_mnist.py``. Pass the same ``--shorter``, ``--chunk`` and ``--pixel-cnn`` as to that
+``FOLDER`` is the one of ``paper_table.py``. Pass the same ``--shorter``, ``--chunk`` and ``--pixel-cnn`` as to that
 script; otherwise classifiers and images are computed again. ``--density-model`` adds models from ``art-pixeldefend
 train``. Each part of the output changes one thing:
 
@@ -150,7 +150,7 @@ def percent(right: np.ndarray) -> float:
 
 
 def main(
-    work: Annotated[Path, typer.Option(help="folder of fashion_mnist.py")],
+    work: Annotated[Path, typer.Option(help="folder of paper_table.py")],
     density_model: Annotated[list[Path], typer.Option(help="another density model, a .safetensors file")] = [],  # noqa: B006
     images: Annotated[int, typer.Option(help="test images, from the first on")] = 1000,
     pixel_cnn: PixelCnn = None,

@@ -3,7 +3,7 @@
     python benchmarks/engines_agree.py --work FOLDER --method cached
     python benchmarks/engines_agree.py --work FOLDER --method reference --limit 20 --rows vgg
 
-``FOLDER`` is the one of ``fashion_mnist.py``. Pass the same ``--shorter``, ``--chunk`` and ``--pixel-cnn`` as to that
+``FOLDER`` is the one of ``paper_table.py``. Pass the same ``--shorter``, ``--chunk`` and ``--pixel-cnn`` as to that
 script; otherwise classifiers and images are computed again. The attacked images of the blind PixelDefend rows are
 purified again with the given engine and classified again.
 """
@@ -35,7 +35,7 @@ ROWS = "/pixeldefend/blind"
 
 
 def main(
-    work: Annotated[Path, typer.Option(help="folder of fashion_mnist.py")],
+    work: Annotated[Path, typer.Option(help="folder of paper_table.py")],
     method: Annotated[str, typer.Option(help="engine to compare with")] = "cached",
     limit: Annotated[int, typer.Option(help="images of each cell, from the first on")] = GRIDS["fashion-mnist"].images,
     rows: Annotated[str | None, typer.Option(help="only rows with one of these words; !WORD: rows without it")] = None,

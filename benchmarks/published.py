@@ -68,7 +68,9 @@ DataDir = Annotated[Path | None, typer.Option(envvar="ART_PIXELDEFEND_DATA", hel
 PixelCnn = Annotated[str | None, typer.Option(help="density model: a bundled name or a path")]
 Chunk = Annotated[int | None, typer.Option(min=1, help="images that a process attacks and purifies at a time")]
 Fewer = Annotated[list[str], typer.Option(help="NAME=N: N test images for rows whose name ends in NAME")]
-Shorter = Annotated[list[str], typer.Option(help="NAME=N: N training steps for rows whose name ends in NAME")]
+Shorter = Annotated[
+    list[str], typer.Option(help="NAME=N: N training steps for classifiers (NETWORK/TRAINING) whose name ends in NAME")
+]
 
 
 def table_grid(
@@ -91,20 +93,26 @@ def table_grid(
         grid = replace(grid, models={**grid.models, DENSITY_MODEL: pixel_cnn})
     if chunk is not None:
         grid = replace(grid, chunk=chunk)
-    for option, what, choices in (("--fewer", "images", fewer), ("--shorter", "steps", shorter)):
-        for choice in choices:
-            grid = replace(grid, rows=_changed(grid.rows, option, what, choice))
+    changes = [("--fewer", "images", [row.name for row in grid.rows], choice) for choice in fewer]
+    # The name of a classifier's own row, as in "vgg/normal/none", stands for the classifier.
+    trained = [row.classifier.name.removesuffix("/none") for row in grid.rows]
+    changes += [("--shorter", "steps", trained, current_name(choice).replace("/none=", "=")) for choice in shorter]
+    for option, what, names, choice in changes:
+        grid = replace(grid, rows=_changed(grid.rows, option, what, names, choice))
     return grid
 
 
-def _changed(rows: tuple[Row, ...], option: str, what: str, choice: str) -> tuple[Row, ...]:
-    """The rows, with another number of images or steps if their name ends in the given one."""
+def _changed(rows: tuple[Row, ...], option: str, what: str, names: list[str], choice: str) -> tuple[Row, ...]:
+    """The rows, with another number of images or steps where their name in ``names`` ends in the given one."""
     name, _, count = current_name(choice).rpartition("=")
     if not name or not count.isdecimal() or not int(count):
         raise typer.BadParameter(f"{option} must be NAME=N with N at least 1, got {choice!r}")
-    if not any(row.name.endswith(name) for row in rows):
-        raise typer.BadParameter(f"{option} must end like one of {', '.join(row.name for row in rows)}, got {name!r}")
-    return tuple(replace(row, **{what: int(count)}) if row.name.endswith(name) else row for row in rows)
+    if not any(known.endswith(name) for known in names):
+        raise typer.BadParameter(f"{option} must end like one of {', '.join(dict.fromkeys(names))}, got {name!r}")
+    return tuple(
+        replace(row, **{what: int(count)}) if known.endswith(name) else row
+        for row, known in zip(rows, names, strict=True)
+    )
 
 
 # The table
