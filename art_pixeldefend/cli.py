@@ -621,12 +621,17 @@ def grid(
     starts: Annotated[
         int, typer.Option(help="random restarts of L-BFGS-B per image in Figure 5 (paper: 100; 0 skips the figure)")
     ] = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="list what would be computed")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="compute nothing; say how much is stored and how much is not")
+    ] = False,
     data_dir: DataDir = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="replace the table of another grid; finished cells are kept")
     ] = False,
-    verbose: Verbose = True,
+    verbose: Annotated[
+        bool | None,
+        typer.Option("--verbose/--quiet", help="show progress bars (the default); with --dry-run, list every cell"),
+    ] = None,
 ) -> None:
     """Regenerate the paper's table of a data set: classifiers, attacks and defences.
 
@@ -644,7 +649,7 @@ def grid(
     typer.echo(
         reproduce(
             name, out, data_dir=data_dir, pixel_cnn=model, rows=rows, attacks=attacks, limit=limit,
-            dry_run=dry_run, starts=starts, overwrite=overwrite, verbose=verbose,
+            dry_run=dry_run, starts=starts, overwrite=overwrite, verbose=not dry_run if verbose is None else verbose,
         )
     )  # fmt: skip
 

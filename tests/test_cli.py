@@ -464,6 +464,16 @@ def test_the_installed_program_and_the_module_end_with_the_same_error():
         assert done.stderr == "error: --out must end in .png, .npy or .npz, got 'x.gif'\n"
 
 
+def test_a_dry_run_of_a_grid_is_a_summary_and_verbose_a_list_of_all_cells(tmp_path):
+    arguments = ["grid", "digits", "--out", tmp_path / "table", "--rows", "resnet/normal", "--dry-run"]
+    summary, every = succeeds(*arguments), succeeds(*arguments, "--verbose")
+    assert len(summary.splitlines()) < 10 and "0 stored" in summary
+    cells = every.count("to do: ")
+    assert cells > 20 and f"{cells} to compute" in summary and "to do: " not in summary
+    assert succeeds(*arguments, "--quiet") == summary
+    assert not list(tmp_path.iterdir())
+
+
 # Detection with several scores
 
 

@@ -6,6 +6,7 @@ import os
 import platform
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -59,22 +60,48 @@ def run(
     return carry_out(Stages(grid, datasets.load(grid.dataset, data_dir), Store(out)), verbose=verbose)
 
 
-def plan(stages: Stages) -> str:
-    """Return, as text, what :func:`carry_out` would compute, with the gradients of each attack."""
-    lines = [
-        f"to train: {table.title(row)}, {stages.recipe(row).steps} steps"
-        for row in stages.classifiers()
-        if not stages.trained(row)
-    ]
-    lines += [f"to calibrate: {row.name}" for row in stages.uncalibrated()]
-    for cell in stages.grid.cells():
-        kept = stages.store.read("cells", stages.cell_key(cell)) if stages.calibrated(cell.row) else None
-        if kept and "error" not in kept:
-            lines.append(f"done:   {cell.name}")
-        else:
+def plan(stages: Stages, *, every_cell: bool = False) -> str:
+    """Return, as text, how much of the grid is stored and how much :func:`carry_out` would compute.
+
+    Args:
+        stages: of the grid.
+        every_cell: list the classifiers, thresholds and cells instead, each with its state.
+    """
+    grid = stages.grid
+    training = [row for row in stages.classifiers() if not stages.trained(row)]
+    uncalibrated = stages.uncalibrated()
+    stored = {cell: _is_stored(stages, cell) for cell in grid.cells()}
+    if every_cell:
+        lines = [f"to train: {table.title(row)}, {stages.recipe(row).steps} steps" for row in training]
+        lines += [f"to calibrate: {row.name}" for row in uncalibrated]
+        for cell, there in stored.items():
             gradients = 0 if cell.attack == CLEAN else ATTACKS[cell.attack].gradients(cell.eps)
-            lines.append(f"to do:  {cell.name}: {stages.count(cell.row)} images, {gradients} gradients each")
-    return "\n".join(lines) + "\n"
+            work = f"{stages.count(cell.row)} images, gradients per image: {gradients}"
+            lines.append(f"done:   {cell.name}" if there else f"to do:  {cell.name}, {work}")
+        return "\n".join(lines) + "\n"
+    threats = Counter("none" if row.defence == "none" else row.threat.name for row in grid.rows)
+    counts = [stages.count(row) for row in grid.rows]
+    fewer = [count for count in counts if count < max(counts)]
+    attacks = dict.fromkeys(attack for row in grid.rows for attack in grid.attacks_of(row))
+    done = sum(stored.values())
+    facts = {
+        "images": f"the first {max(counts):,} test images"
+        + (f"; fewer, from {min(fewer)} on, in {len(fewer)} of the rows" if fewer else ""),
+        "rows": f"{len(grid.rows)}: " + ", ".join(
+            f"{count} {'without a defence' if name == 'none' else name}" for name, count in threats.items()
+        ),
+        "attacks": f"{', '.join(attacks)} within {' and '.join(map(str, grid.eps))} levels",
+        "classifiers": f"{len(training)} to train, {len(stages.classifiers()) - len(training)} stored",
+        "thresholds": f"{len(uncalibrated)} to choose",
+        "cells": f"{len(stored) - done} to compute, {done} stored",
+    }  # fmt: skip
+    return "".join(f"{name + ':':<13}{text}\n" for name, text in facts.items())
+
+
+def _is_stored(stages: Stages, cell: Cell) -> bool:
+    """Whether the cell's number is stored, without an error."""
+    kept = stages.store.read("cells", stages.cell_key(cell)) if stages.calibrated(cell.row) else None
+    return kept is not None and "error" not in kept
 
 
 def carry_out(stages: Stages, *, verbose: bool = True) -> Outcome:

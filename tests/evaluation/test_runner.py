@@ -146,14 +146,35 @@ def test_a_threshold_that_cannot_be_chosen_is_tried_once_and_stops_no_other_row(
     assert sum("accuracy_percent" in cell for cell in cells(tmp_path)) == 3
 
 
-def test_a_plan_says_what_is_missing_and_computes_nothing(finished, tiny, tmp_path):
-    rows = (*tiny.rows, replace(ADAPTIVE, eps=(40,)), replace(ADAPTIVE, eps=(40,), threat="white-box"))
-    grid = replace(tiny, rows=rows, attacks=("rand", "bim"))
-    text = runner.plan(Stages(grid, datasets.load("digits"), Store(tmp_path)))
+def larger(tiny):
+    """The tiny grid with two rows whose threshold is calibrated, and other attacks."""
+    rows = (*tiny.rows, replace(ADAPTIVE, eps=(40,), images=8), replace(ADAPTIVE, eps=(40,), threat="white-box"))
+    return replace(tiny, rows=rows, attacks=("rand", "bim"))
+
+
+def test_a_plan_counts_what_is_missing_and_computes_nothing(finished, tiny, tmp_path):
+    data = datasets.load("digits")
+    assert runner.plan(Stages(larger(tiny), data, Store(tmp_path))).splitlines() == [
+        "images:      the first 32 test images; fewer, from 8 on, in 1 of the rows",
+        "rows:        5: 1 without a defence, 2 white-box, 2 blind",
+        "attacks:     rand, bim within 16 and 40 levels",
+        "classifiers: 1 to train, 0 stored",
+        "thresholds:  1 to choose",  # one for both rows
+        "cells:       21 to compute, 0 stored",
+    ]
+    assert not list(tmp_path.iterdir())
+    text = runner.plan(Stages(larger(tiny).only(attacks=("rand",)), data, Store(finished)))
+    assert "attacks:     rand within" in text and "classifiers: 0 to train, 1 stored" in text
+    assert "cells:       4 to compute, 9 stored" in text  # those of the calibrated rows are missing
+
+
+def test_a_plan_of_every_cell_names_what_is_missing(finished, tiny, tmp_path):
+    text = runner.plan(Stages(larger(tiny), datasets.load("digits"), Store(tmp_path)), every_cell=True)
     assert text.count("to train: ") == 1 and text.count("to calibrate: ") == 1  # one for both rows
-    assert "to do:  vgg/normal/none bim 40: 32 images, 44 gradients each" in text
+    assert "to do:  vgg/normal/none bim 40, 32 images, gradients per image: 44" in text
     assert text.count("to do: ") == 3 * 5 + 2 * 3 and not list(tmp_path.iterdir())
-    assert runner.plan(Stages(tiny, datasets.load("digits"), Store(finished))).count("done: ") == 15
+    stages = Stages(tiny, datasets.load("digits"), Store(finished))
+    assert runner.plan(stages, every_cell=True).count("done: ") == 15
 
 
 def test_rows_of_two_deltas_have_classifiers_and_tables_of_their_own(tmp_path, tiny, run, cells):

@@ -47,15 +47,15 @@ def reproduce(
         rows: a part of the rows, as in :meth:`Grid.only`.
         attacks: comma-separated names; only these columns.
         limit: at most this many test images.
-        dry_run: return what would be computed, and compute nothing.
+        dry_run: compute nothing, and return how much is stored and how much would be computed.
         figures: draw them into ``out/figures``, as described in :func:`drawing.draw`.
         starts: random starts of L-BFGS-B per image of Figure 5 (the paper: 100), each about 120 gradients of the
             density model. 0 skips the figure.
         overwrite: replace the table and figures of another grid in ``out``; its finished cells are kept.
-        verbose: show progress.
+        verbose: show progress; in a dry run, list every cell.
 
     Returns:
-        The table as Markdown; for a dry run the cells and their states.
+        The table as Markdown; for a dry run what is stored and what is not, as text.
 
     Raises:
         ValueError: for an unknown name, a part without rows, ``starts`` for a grid without a row for Figure 5, or a
@@ -72,7 +72,7 @@ def reproduce(
         raise ValueError(f"starts must be 0 for a grid without a blind pixeldefend row, got {starts}")
     stages = Stages(grid, datasets.load(grid.dataset, data_dir), Store(out))
     if dry_run:
-        return runner.plan(stages)
+        return runner.plan(stages, every_cell=verbose)
     if figures:
         drawing.check_reference(stages)
     _claim(Path(out), grid, overwrite)
