@@ -272,14 +272,16 @@ def test_half_precision_halves_a_file_and_comes_back_as_float32(tmp_path):
 def test_every_bundled_classifier_has_a_card_that_states_its_header(name):
     header, card = load(name).provenance, (WEIGHTS / f"{name}.md").read_text()
     assert name.startswith(header["dataset"]) and f"**{100 * header['accuracy']:.2f} %**" in card
-    assert (WEIGHTS / f"{name}.safetensors").stat().st_size < 200_000
+    most = 200_000 if header["dataset"] == "fashion-mnist" else 2_000_000  # a grey ResNet has a quarter of the width
+    assert (WEIGHTS / f"{name}.safetensors").stat().st_size < most
     assert f"{header['steps']:,} steps" in card and header["split"] in card
 
 
 @pytest.mark.parametrize("name", names())
-def test_bundled_classifiers_are_as_accurate_on_some_test_images_as_their_cards_say(fashion_mnist, name):
+def test_bundled_classifiers_are_as_accurate_on_some_test_images_as_their_cards_say(request, name):
     model, count = load(name), 500
-    x, y = fashion_mnist.x_test[:count].astype(np.float32) / 255, fashion_mnist.y_test[:count]
+    data = request.getfixturevalue(model.provenance["dataset"].replace("-", "_"))
+    x, y = data.x_test[:count].astype(np.float32) / 255, data.y_test[:count]
     expected = model.provenance["accuracy"]
     assert abs(accuracy(as_art(model), x, y) - expected) < 4 * (expected * (1 - expected) / count) ** 0.5
 
