@@ -1,10 +1,11 @@
-"""Measure how density model, radius, threshold, classifier and attack change the Fashion-MNIST table.
+"""Measure how density model, radius, threshold, classifier and attack change the paper's tables.
 
     python benchmarks/causes.py --work FOLDER --density-model FILE --density-model FILE
+    python benchmarks/causes.py --dataset cifar-10 --work FOLDER --density-model FILE --part density_models
 
 ``FOLDER`` is the one of ``paper_table.py``. Pass the same ``--shorter``, ``--chunk`` and ``--pixel-cnn`` as to that
-script; otherwise classifiers and images are computed again. ``--density-model`` adds models from ``art-pixeldefend
-train``. Each part of the output changes one thing:
+script; otherwise classifiers and images are computed again. ``--density-model`` adds models, or checkpoints, from
+``art-pixeldefend train``; ``--part`` selects parts. Each part of the output changes one thing:
 
 - ``density_models``: the attacked images purified by each model, with the model's bits per dimension;
 - ``eps_defend``: the attacked images purified within other radii;
@@ -43,10 +44,9 @@ from art_pixeldefend.evaluation.table import title
 from art_pixeldefend.evaluation.threat import BLIND
 from art_pixeldefend.files import write_atomically
 from art_pixeldefend.levels import TOP, UNIT, from_levels, to_levels
-from art_pixeldefend.models.zoo import as_model
+from art_pixeldefend.models.training import as_start
 
-EPS_DEFEND = 32  # levels, as in the table
-OTHERS = (16, 24, 40, 48, 64)
+OTHERS = (0.5, 0.75, 1.25, 1.5, 2)  # radii of the defence, as multiples of the table's
 STRONG = ("fgsm", "bim")
 ADAPTIVE = "adaptive-pixeldefend"
 
@@ -57,11 +57,13 @@ class Ablations:
     Args:
         stages: of the grid behind the table.
         images: the first so many test images.
+        others: density models besides the table's, by name.
     """
 
-    def __init__(self, stages: Stages, images: int) -> None:
-        self.stages, self.images = stages, images
+    def __init__(self, stages: Stages, images: int, others: dict[str, PixelCNNpp]) -> None:
+        self.stages, self.images, self.others = stages, images, others
         self.row = drawn_row(stages.grid) or stages.grid.rows[0]
+        self.eps = stages.grid.defences["pixeldefend"][0][1]["eps"]
         self.y = stages.data.y_test[:images]
 
     def attacked(self, row: Row, attack: str, eps: int) -> np.ndarray:
@@ -74,9 +76,10 @@ class Ablations:
         """Whether the row's classifier is right about each image."""
         return self.stages.classifier(row.classifier).predict(x, batch_size=250).argmax(axis=1) == self.y
 
-    def purified(self, x: np.ndarray, pixel_cnn: PixelCNNpp | None = None, eps: int = EPS_DEFEND) -> np.ndarray:
+    def purified(self, x: np.ndarray, pixel_cnn: PixelCNNpp | None = None, eps: int | None = None) -> np.ndarray:
         """Images after PixelDefend."""
-        return from_levels(greedy_decode(pixel_cnn or density_model_of(self.stages), to_levels(x, UNIT), eps), UNIT)
+        model, radius = pixel_cnn or density_model_of(self.stages), self.eps if eps is None else eps
+        return from_levels(greedy_decode(model, to_levels(x, UNIT), radius), UNIT)
 
     @cached_property
     def strong(self) -> dict[str, np.ndarray]:
@@ -88,8 +91,9 @@ class Ablations:
         images = {"clean": self.stages.clean(0, self.images)} | self.strong
         return {name: percent(self.right(self.row, purify(x))) for name, x in images.items()}
 
-    def density_models(self, models: dict[str, PixelCNNpp]) -> dict[str, Any]:
-        """Accuracy by density model."""
+    def density_models(self) -> dict[str, Any]:
+        """Accuracy by density model: the table's, and others."""
+        models = {Path(self.stages.grid.models[DENSITY_MODEL]).name: density_model_of(self.stages)} | self.others
         clean = to_levels(self.stages.clean(0, self.images), UNIT)
         return {
             name: {"bits_per_dim": float(model.bits_per_dim(clean).mean())}
@@ -99,7 +103,8 @@ class Ablations:
 
     def eps_defend(self) -> dict[str, Any]:
         """Accuracy by the radius of the defence."""
-        return {str(eps): self.under(lambda x, eps=eps: self.purified(x, eps=eps)) for eps in (EPS_DEFEND, *OTHERS)}
+        radii = [self.eps, *(int(self.eps * factor) for factor in OTHERS)]
+        return {str(eps): self.under(lambda x, eps=eps: self.purified(x, eps=eps)) for eps in radii}
 
     def thresholds(self) -> dict[str, Any]:
         """Bounds on what a threshold can gain, for each classifier behind Adaptive PixelDefend."""
@@ -149,30 +154,36 @@ def percent(right: np.ndarray) -> float:
     return round(100 * float(right.mean()), 2)
 
 
+PARTS = {
+    "density_models": Ablations.density_models, "eps_defend": Ablations.eps_defend, "thresholds": Ablations.thresholds,
+    "classifiers": Ablations.classifiers, "attacks": Ablations.attacks,
+}  # fmt: skip
+
+
 def main(
     work: Annotated[Path, typer.Option(help="folder of paper_table.py")],
-    density_model: Annotated[list[Path], typer.Option(help="another density model, a .safetensors file")] = [],  # noqa: B006
+    dataset: Annotated[str, typer.Option(help="fashion-mnist or cifar-10")] = "fashion-mnist",
+    density_model: Annotated[list[Path], typer.Option(help="another density model, or the checkpoint of a run")] = [],  # noqa: B006
+    part: Annotated[list[str], typer.Option(help=f"only this of {', '.join(PARTS)}; may be repeated")] = [],  # noqa: B006
     images: Annotated[int, typer.Option(help="test images, from the first on")] = 1000,
     pixel_cnn: PixelCnn = None,
     chunk: Chunk = None,
     shorter: Shorter = [],  # noqa: B006
     data_dir: DataDir = None,
-    out: Annotated[Path, typer.Option(help="JSON file")] = RESULTS / "fashion-mnist-causes.json",
+    out: Annotated[Path | None, typer.Option(help="JSON file; default: results/DATASET-causes.json")] = None,
 ) -> None:
-    """Run all measurements."""
-    grid = table_grid("fashion-mnist", pixel_cnn=pixel_cnn, chunk=chunk, shorter=shorter)
-    ablations = Ablations(Stages(grid, datasets.load(grid.dataset, data_dir), Store(work)), images)
-    models = {Path(grid.models[DENSITY_MODEL]).name: density_model_of(ablations.stages)} | {
-        path.parent.name: as_model(path, PixelCNNpp, name="pixel_cnn") for path in density_model
-    }
+    """Run all measurements, or some."""
+    if unknown := [one for one in part if one not in PARTS]:
+        raise typer.BadParameter(f"--part must be one of {', '.join(PARTS)}, got {unknown[0]!r}")
+    grid = table_grid(dataset, pixel_cnn=pixel_cnn, chunk=chunk, shorter=shorter)
+    others = {path.parent.name: as_start(path, PixelCNNpp, name="--density-model") for path in density_model}
+    ablations = Ablations(Stages(grid, datasets.load(grid.dataset, data_dir), Store(work)), images, others)
     result = {
         "command": command("causes.py"),
         "date": date.today().isoformat(), "hardware": runner.hardware(), "images": images,
         "classifier": title(ablations.row),
-        "density_models": ablations.density_models(models), "eps_defend": ablations.eps_defend(),
-        "thresholds": ablations.thresholds(), "classifiers": ablations.classifiers(), "attacks": ablations.attacks(),
-    }  # fmt: skip
-    write_atomically(out, json.dumps(result, indent=1) + "\n")
+    } | {name: measure(ablations) for name, measure in PARTS.items() if not part or name in part}  # fmt: skip
+    write_atomically(out or RESULTS / f"{dataset}-causes.json", json.dumps(result, indent=1) + "\n")
     typer.echo(json.dumps(result, indent=1))
 
 
