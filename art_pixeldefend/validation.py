@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 LEVELS = 256
+
+T = TypeVar("T")
 
 
 def check_count(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
@@ -57,6 +59,37 @@ def check_probability(name: str, value: Any) -> float:
     if not 0 <= number < 1:
         raise ValueError(f"{name} must be a probability in [0, 1), got {value!r}")
     return number
+
+
+def check_bool(name: str, value: Any) -> bool:
+    """``value``, True or False.
+
+    Raises:
+        ValueError: naming the argument ``name``.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be a bool, got {value!r}")
+    return value
+
+
+def check_choice(name: str, value: T, choices: Iterable[T]) -> T:
+    """``value``, one of ``choices``.
+
+    Raises:
+        ValueError: naming the argument ``name``.
+    """
+    if value not in (known := list(choices)):
+        raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}")
+    return value
+
+
+def check_seed(name: str, value: Any) -> int | None:
+    """``value`` as a seed that may be None: an int of at least 0.
+
+    Raises:
+        ValueError: naming the argument ``name``.
+    """
+    return None if value is None else check_count(name, value, least=0)
 
 
 def check_eps(name: str, value: Any) -> int:
@@ -153,6 +186,22 @@ def check_labels(name: str, y: Any, count: int | None = None) -> np.ndarray:
         expected = "" if count is None else f"{count} "
         raise ValueError(f"{name} must be {expected}class numbers or one-hot rows, got {given}")
     return labels.astype(np.int64)
+
+
+def check_attributes(holder: Any, check: Callable[..., Any], *names: str, **limits: Any) -> None:
+    """Replace attributes of ``holder`` by what ``check`` returns for them.
+
+    Args:
+        holder: the object.
+        check: a function of a name and a value, such as :func:`check_count`.
+        names: of the attributes.
+        limits: further arguments of ``check``.
+
+    Raises:
+        ValueError: as ``check``; attributes before the one it names are replaced.
+    """
+    for name in names:
+        object.__setattr__(holder, name, check(name, getattr(holder, name), **limits))  # also of frozen dataclasses
 
 
 @contextmanager

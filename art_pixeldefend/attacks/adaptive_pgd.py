@@ -16,6 +16,7 @@ from tqdm import tqdm
 from art_pixeldefend.attacks import losses
 from art_pixeldefend.attacks.budget import scalar_clip_values
 from art_pixeldefend.attacks.through import (
+    NORMS,
     Criterion,
     Evaluation,
     Evaluator,
@@ -28,9 +29,8 @@ from art_pixeldefend.attacks.through import (
 from art_pixeldefend.attacks.training import frozen
 from art_pixeldefend.levels import TOP, from_levels, to_levels
 from art_pixeldefend.purifiers.base import GRADIENTS
-from art_pixeldefend.validation import check_count, check_number
+from art_pixeldefend.validation import check_attributes, check_bool, check_choice, check_count, check_number, check_seed
 
-NORMS = ("Linf", "L2")
 SCHEDULES = ("apgd", "cosine", "constant")
 DIRECTIONS = ("sign", "gradient")
 FIRST_STEP = {"apgd": 2.0, "cosine": 0.5, "constant": 0.25}  # in radii
@@ -205,15 +205,12 @@ class AdaptivePGD(EvasionAttack):
     def _check_params(self) -> None:
         scalar_clip_values(self.estimator)
         for name, choices in (("norm", NORMS), ("schedule", SCHEDULES), ("along", DIRECTIONS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("steps", "restarts", "eot", "batch_size"):
-            setattr(self, name, check_count(name, getattr(self, name)))
-        for name in ("eps", "noise", "momentum"):
-            setattr(self, name, check_number(name, getattr(self, name)))
-        for name in ("selection_draws", "seed"):
-            if getattr(self, name) is not None:
-                setattr(self, name, check_count(name, getattr(self, name), least=name != "seed"))
+            check_choice(name, getattr(self, name), choices)
+        check_attributes(self, check_count, "steps", "restarts", "eot", "batch_size")
+        check_attributes(self, check_number, "eps", "noise", "momentum")
+        if self.selection_draws is not None:
+            self.selection_draws = check_count("selection_draws", self.selection_draws)
+        self.seed = check_seed("seed", self.seed)
         if self.step_size is not None:
             self.step_size = check_number("step_size", self.step_size)
         if not (callable(self.loss) or self.loss in losses.NAMES):
@@ -227,9 +224,7 @@ class AdaptivePGD(EvasionAttack):
             raise ValueError(f"loss must not be 'dlr' for fewer than {least + 1} classes")
         if not (self.gradient is None or callable(self.gradient) or self.gradient in GRADIENTS):
             raise ValueError(f"gradient must be None, a function or one of {', '.join(GRADIENTS)}")
-        for name in ("round_to_levels", "verbose"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be a bool, got {getattr(self, name)!r}")
+        check_attributes(self, check_bool, "round_to_levels", "verbose")
 
 
 class _Search:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from art_pixeldefend.attacks.through import NORMS
 from art_pixeldefend.models.base import evaluation_mode
-from art_pixeldefend.validation import check_count, check_number
+from art_pixeldefend.validation import check_choice, check_count, check_number
 
 VERSIONS = {"standard": ("apgd-ce", "apgd-t", "fab-t", "square"), "rand": ("apgd-ce", "apgd-dlr")}
 NAMES = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
@@ -72,10 +73,8 @@ def auto_attack(
         from pyautoattack import AutoAttack
     except ImportError:
         raise ImportError("auto_attack needs the package pyautoattack: pip install pyautoattack") from None
-    if version not in VERSIONS:
-        raise ValueError(f"version must be one of {', '.join(VERSIONS)}, got {version!r}")
-    if norm not in ("Linf", "L2"):
-        raise ValueError(f"norm must be Linf or L2, got {norm!r}")
+    check_choice("version", version, VERSIONS)
+    check_choice("norm", norm, NORMS)
     chosen = VERSIONS[version] if attacks is None else tuple(attacks)
     if not chosen or not set(chosen) <= set(NAMES):
         raise ValueError(f"attacks must be some of {', '.join(NAMES)}, got {attacks!r}")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from art_pixeldefend.attacks.budget import round_outwards, scalar_clip_values
 from art_pixeldefend.purifiers.logits import differentiable_logits
-from art_pixeldefend.validation import check_count, check_number
+from art_pixeldefend.validation import check_attributes, check_count, check_number
 
 SMOOTHER = 1.999999  # keeps atanh finite at both ends of the range, as in the authors' code
 SMALLEST_TAU = 1 / 256  # a search within less than one level is not begun
@@ -151,8 +151,7 @@ class CarliniWagnerLInf(EvasionAttack):
         return differentiable_logits(self.estimator, (low + (images + 0.5) * (high - low)).float())
 
     def _check_params(self) -> None:
-        self.max_iter = check_count("max_iter", self.max_iter)
-        self.batch_size = check_count("batch_size", self.batch_size)
+        check_attributes(self, check_count, "max_iter", "batch_size")
         for name in ("learning_rate", "initial_const", "largest_const", "const_factor", "decrease_factor"):
             setattr(self, name, check_number(name, getattr(self, name)))
             if not getattr(self, name) > 0:

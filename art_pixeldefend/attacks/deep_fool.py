@@ -11,7 +11,7 @@ from art.estimators.classification.classifier import ClassGradientsMixin
 from art.estimators.estimator import BaseEstimator
 
 from art_pixeldefend.attacks.budget import level, round_outwards, scalar_clip_values
-from art_pixeldefend.validation import check_count, check_number
+from art_pixeldefend.validation import check_attributes, check_count, check_number
 
 
 class DeepFoolLInf(EvasionAttack):
@@ -93,7 +93,6 @@ class DeepFoolLInf(EvasionAttack):
         return change.reshape(x.shape).astype(x.dtype)
 
     def _check_params(self) -> None:
-        self.max_iter = check_count("max_iter", self.max_iter)
-        self.batch_size = check_count("batch_size", self.batch_size)
+        check_attributes(self, check_count, "max_iter", "batch_size")
         self.overshoot = check_number("overshoot", self.overshoot)
         scalar_clip_values(self.estimator)

@@ -15,12 +15,12 @@ from tqdm import tqdm
 
 from art_pixeldefend.attacks import losses
 from art_pixeldefend.attacks.budget import scalar_clip_values
-from art_pixeldefend.attacks.through import Evaluation, Evaluator, labels_of, projected, purifiers_of
+from art_pixeldefend.attacks.through import NORMS, Evaluation, Evaluator, labels_of, projected, purifiers_of
 from art_pixeldefend.attacks.training import frozen
 from art_pixeldefend.purifiers.logits import differentiable_logits
 from art_pixeldefend.purifiers.manifold_projection import ManifoldProjection
 from art_pixeldefend.purifiers.purified_model import PurifiedModel
-from art_pixeldefend.validation import check_count, check_number
+from art_pixeldefend.validation import check_attributes, check_bool, check_choice, check_count, check_number, check_seed
 
 CONFIDENCE = 5.0  # a larger margin of the generator's image is not rewarded
 
@@ -209,12 +209,9 @@ class LatentAttack(EvasionAttack):
             inside and not isinstance(self.estimator.model, PurifiedModel)
         ):
             raise ValueError("estimator must purify by one ManifoldProjection")
-        if self.norm not in ("Linf", "L2"):
-            raise ValueError(f"norm must be Linf or L2, got {self.norm!r}")
-        self.eps = check_number("eps", self.eps)
-        self.learning_rate = check_number("learning_rate", self.learning_rate)
-        for name in ("steps", "checks", "batch_size"):
-            setattr(self, name, check_count(name, getattr(self, name)))
+        check_choice("norm", self.norm, NORMS)
+        check_attributes(self, check_number, "eps", "learning_rate")
+        check_attributes(self, check_count, "steps", "checks", "batch_size")
         try:
             self.weights = tuple(check_number("weights", weight) for weight in self.weights)
         except TypeError:
@@ -223,7 +220,5 @@ class LatentAttack(EvasionAttack):
             raise ValueError("weights must be at least one number, got none")
         if self.draws is not None:
             self.draws = check_count("draws", self.draws)
-        if self.seed is not None:
-            self.seed = check_count("seed", self.seed, least=0)
-        if not isinstance(self.verbose, bool):
-            raise ValueError(f"verbose must be a bool, got {self.verbose!r}")
+        self.seed = check_seed("seed", self.seed)
+        check_bool("verbose", self.verbose)

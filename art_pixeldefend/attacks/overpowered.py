@@ -20,7 +20,7 @@ from art_pixeldefend.levels import as_tensor
 from art_pixeldefend.models.generator import Generator
 from art_pixeldefend.models.zoo import as_model
 from art_pixeldefend.purifiers.logits import differentiable_logits
-from art_pixeldefend.validation import check_count, check_number
+from art_pixeldefend.validation import check_attributes, check_choice, check_count, check_number
 
 CHOICES = {
     "divergence": ("symmetric", "forward"),
@@ -311,11 +311,8 @@ class OverpoweredAttack(Attack):
                 f"generator must make images of the classifier's shape {tuple(self.estimator.input_shape)}, "
                 f"got {self.generator.image_shape}"
             )
-        for name in ("max_iter", "batch_size"):
-            setattr(self, name, check_count(name, getattr(self, name)))
+        check_attributes(self, check_count, "max_iter", "batch_size")
         self.seed = check_count("seed", self.seed, least=0)
-        for name in ("eta", "learning_rate", "multiplier", "multiplier_rate", "prior"):
-            setattr(self, name, check_number(name, getattr(self, name)))
+        check_attributes(self, check_number, "eta", "learning_rate", "multiplier", "multiplier_rate", "prior")
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+            check_choice(name, getattr(self, name), choices)

@@ -17,7 +17,7 @@ from art_pixeldefend.attacks.deep_fool import DeepFoolLInf
 from art_pixeldefend.attacks.detector_aware import DetectorAware
 from art_pixeldefend.attacks.random_noise import RandomNoise
 from art_pixeldefend.attacks.square import Square
-from art_pixeldefend.validation import check_eps
+from art_pixeldefend.validation import check_choice, check_eps
 
 
 @dataclass(frozen=True)
@@ -170,9 +170,8 @@ def unclipped(
     Raises:
         ValueError: for an unknown name, or an eps that is not as described.
     """
-    if name not in ATTACKS:
-        raise ValueError(f"name must be one of {', '.join(ATTACKS)}, got {name!r}")
-    return ATTACKS[name].build(classifier, check_eps("eps", eps), batch_size, seed, **settings)
+    entry = ATTACKS[check_choice("name", name, ATTACKS)]
+    return entry.build(classifier, check_eps("eps", eps), batch_size, seed, **settings)
 
 
 def make_attack(

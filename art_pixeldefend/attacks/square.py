@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from art_pixeldefend.attacks.budget import scalar_clip_values
 from art_pixeldefend.attacks.through import Evaluator, labels_of, projected
-from art_pixeldefend.validation import check_count, check_number
+from art_pixeldefend.validation import check_attributes, check_bool, check_count, check_number, check_seed
 
 DRAWS = 20
 SCHEDULE_STEPS = 10_000
@@ -139,11 +139,8 @@ class Square(EvasionAttack):
         scalar_clip_values(self.estimator)
         self.eps = check_number("eps", self.eps)
         self.area = check_number("area", self.area, 0.0, 1.0)
-        for name in ("steps", "batch_size"):
-            setattr(self, name, check_count(name, getattr(self, name)))
+        check_attributes(self, check_count, "steps", "batch_size")
         if self.draws is not None:
             self.draws = check_count("draws", self.draws)
-        if self.seed is not None:
-            self.seed = check_count("seed", self.seed, least=0)
-        if not isinstance(self.verbose, bool):
-            raise ValueError(f"verbose must be a bool, got {self.verbose!r}")
+        self.seed = check_seed("seed", self.seed)
+        check_bool("verbose", self.verbose)

@@ -18,6 +18,8 @@ from art_pixeldefend.purifiers.base import BatchGenerator, Purifier
 from art_pixeldefend.purifiers.logits import differentiable_logits
 from art_pixeldefend.purifiers.purified_model import PurifiedModel
 
+NORMS = ("Linf", "L2")
+
 # Functions of logits (M, classes), labels (M,) and images (M, ...) in the estimator's range.
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # to be made large, (M,)
 Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]  # whether the attack succeeds, (M,)

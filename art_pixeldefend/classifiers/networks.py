@@ -20,6 +20,7 @@ from art_pixeldefend.classifiers.layers import Network
 from art_pixeldefend.classifiers.resnet import ResNet
 from art_pixeldefend.classifiers.vgg import VGG
 from art_pixeldefend.models import checkpoint
+from art_pixeldefend.validation import check_choice
 
 NETWORKS: dict[str, type[Network]] = {"resnet": ResNet, "vgg": VGG}
 WEIGHTS = Path(__file__).parent / "weights"
@@ -45,8 +46,7 @@ def build(
         >>> network(torch.rand(2, 1, 28, 28)).shape
         torch.Size([2, 10])
     """
-    if network not in NETWORKS:
-        raise ValueError(f"network must be one of {', '.join(NETWORKS)}, got {network!r}")
+    check_choice("network", network, NETWORKS)
     width = 4 if image_shape[0] == 1 else 16
     configuration = {"image_shape": tuple(image_shape), "classes": classes, "width": width} | sizes
     with torch.random.fork_rng():

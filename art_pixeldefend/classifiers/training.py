@@ -29,7 +29,7 @@ from art_pixeldefend.classifiers.networks import as_art
 from art_pixeldefend.datasets import fingerprint
 from art_pixeldefend.models.checkpoint import read, write
 from art_pixeldefend.precision import bf16_pays
-from art_pixeldefend.validation import check_labels
+from art_pixeldefend.validation import check_choice, check_labels
 
 RUN = "classifier-training-run"  # the kind of checkpoints
 SMOOTHING = 0.1  # the probability that label smoothing takes from the true class
@@ -151,8 +151,7 @@ def train(
         True
     """
     recipe = _recipe(recipe)
-    if technique not in TECHNIQUES:
-        raise ValueError(f"technique must be one of {', '.join(TECHNIQUES)}, got {technique!r}")
+    check_choice("technique", technique, TECHNIQUES)
     labels = _one_hot(x, y, model)
     if technique == "label-smoothing":
         labels = LabelSmoothing(max_value=1 - smoothing)(x, labels)[1]
@@ -204,9 +203,7 @@ def _one_hot(x: np.ndarray, y: np.ndarray, model: Network) -> np.ndarray:
 def _recipe(recipe: Recipe | str) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
-    if recipe not in RECIPES:
-        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
-    return RECIPES[recipe]
+    return RECIPES[check_choice("recipe", recipe, RECIPES)]
 
 
 def _classifier(model: Network, recipe: Recipe) -> tuple[PyTorchClassifier, Any]:

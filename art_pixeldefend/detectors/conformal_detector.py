@@ -35,7 +35,15 @@ from art_pixeldefend.detectors.scores import Score
 from art_pixeldefend.levels import ClipValues, Images, as_tensor, check_clip_values, from_levels
 from art_pixeldefend.models import checkpoint
 from art_pixeldefend.models.base import ImageModel
-from art_pixeldefend.validation import all_or_none, check_count, check_number
+from art_pixeldefend.validation import (
+    all_or_none,
+    check_attributes,
+    check_bool,
+    check_choice,
+    check_count,
+    check_number,
+    check_seed,
+)
 
 KIND = "conformal-detector"
 
@@ -271,8 +279,7 @@ class ConformalDetector(EvasionDetector):
         q = check_number("q", q, high=1.0)
         if not q:
             raise ValueError("q must be above 0, or no image is ever flagged, got 0")
-        if method not in RATES:
-            raise ValueError(f"method must be one of {', '.join(RATES)}, got {method!r}")
+        check_choice("method", method, RATES)
         report = self._report(x, batch_size)
         q_values = q_values_of(report["p_values"], method)
         return self._shown(report) | {"q_values": q_values, "q": q}, (q_values <= q) | _any_nan(report["scores"])
@@ -594,14 +601,12 @@ class ConformalDetector(EvasionDetector):
             self.scores = tuple(scores)
         if len(shapes := {score.image_shape for score in scores} - {None}) > 1:
             raise ValueError(f"scores must be of images of one shape, got {', '.join(map(str, sorted(shapes)))}")
-        if self.combine not in COMBINATIONS:
-            raise ValueError(f"combine must be one of {', '.join(COMBINATIONS)}, got {self.combine!r}")
+        check_choice("combine", self.combine, COMBINATIONS)
         if not isinstance(self.two_sided, bool):
             sides = self.two_sided
             if not isinstance(sides, (list, tuple)) or len(sides) != len(scores) or {*map(type, sides)} != {bool}:
                 raise ValueError(f"two_sided must be a bool, or one for each of {len(scores)} scores, got {sides!r}")
-        if self.conditional is not None and self.conditional not in CONDITIONS:
-            raise ValueError(f"conditional must be None or one of {', '.join(CONDITIONS)}, got {self.conditional!r}")
+        check_choice("conditional", self.conditional, (None, *CONDITIONS))
         if self.conditional and self.combine == "joint":
             raise ValueError('conditional must be None for combine="joint", which ranks images with each other')
         self.delta = check_number("delta", self.delta, high=1.0)
@@ -609,14 +614,11 @@ class ConformalDetector(EvasionDetector):
         if not 0 < self.delta < 1 or (self.conditional == "monte-carlo" and self.delta * (SIMULATIONS + 1) < parts):
             least = f", at least {parts}/{SIMULATIONS + 1}" if self.conditional == "monte-carlo" else ""
             raise ValueError(f"delta must be between 0 and 1{least}, got {self.delta:g}")
-        if self.ties not in ("random", "conservative"):
-            raise ValueError(f"ties must be random or conservative, got {self.ties!r}")
-        for name in ("round_to_levels", "verbose"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be a bool, got {getattr(self, name)!r}")
+        check_choice("ties", self.ties, ("random", "conservative"))
+        check_attributes(self, check_bool, "round_to_levels", "verbose")
         self.clip_values = check_clip_values(self.clip_values)
         self.batch_size = check_count("batch_size", self.batch_size)
-        self.seed = None if self.seed is None else check_count("seed", self.seed, least=0)
+        self.seed = check_seed("seed", self.seed)
         self.alpha = check_number("alpha", self.alpha, high=1.0)
         if not self.alpha:
             raise ValueError("alpha must be above 0, or no image is ever flagged, got 0")

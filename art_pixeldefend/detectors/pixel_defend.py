@@ -18,6 +18,7 @@ from art_pixeldefend.models import checkpoint
 from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
 from art_pixeldefend.models.zoo import as_model
 from art_pixeldefend.purifiers.base import BatchGenerator
+from art_pixeldefend.validation import check_choice
 
 REFERENCES = ("calibration", "training")
 
@@ -126,8 +127,7 @@ class PixelDefendDetector(ConformalDetector):
             ValueError: naming ``x``: too few, a wrong shape, NaN or infinity, or values outside ``clip_values``; or
                 naming ``reference`` or ``pixel_cnn``, if it gives NaN.
         """
-        if reference not in REFERENCES:
-            raise ValueError(f"reference must be one of {', '.join(REFERENCES)}, got {reference!r}")
+        check_choice("reference", reference, REFERENCES)
         self._check_params()
         self._calibrate(x, batch_size, training=reference == "training")
         self.reference = reference

@@ -27,7 +27,7 @@ from art_pixeldefend.models.zoo import as_model
 from art_pixeldefend.precision import full_float32
 from art_pixeldefend.purifiers.base import GRADIENTS, BatchGenerator, Purifier, StraightThrough
 from art_pixeldefend.purifiers.logits import differentiable_logits
-from art_pixeldefend.validation import check_count, check_number
+from art_pixeldefend.validation import check_choice, check_count, check_number, check_seed
 
 NEAR = 1e-3  # levels: values as near to a level as that are taken for it
 CODECS = ("png", "zlib")
@@ -255,8 +255,7 @@ class ComplexityCorrectedLikelihood(Score):
     def __init__(self, model: PixelCNNpp | str | PathLike[str], codec: str = "png") -> None:
         self._likelihood = Likelihood(model)
         self.model = self._likelihood.model
-        if codec not in CODECS:
-            raise ValueError(f"codec must be one of {', '.join(CODECS)}, got {codec!r}")
+        check_choice("codec", codec, CODECS)
         self.codec = codec
 
     def score(self, x: Tensor, generator: BatchGenerator) -> Tensor:
@@ -358,7 +357,7 @@ class DenoisingError(Score):
     ) -> None:
         self.model: ScoreModel = as_model(model, ScoreModel, name="model")
         self.sigma = _check_sigma(sigma, self.model)
-        self.runs, self.seed = check_count("runs", runs), _check_seed(seed)
+        self.runs, self.seed = check_count("runs", runs), check_seed("seed", seed)
 
     def score(self, x: Tensor, generator: BatchGenerator) -> Tensor:
         """The root of the mean over draws and sub-pixels of (denoise(x + sigma n) - x)^2."""
@@ -398,7 +397,7 @@ class PurifierChange(Score):
 
     def __init__(self, purifier: Purifier, runs: int = 1, *, seed: int | None = 0) -> None:
         self.purifier = _check_purifier(purifier)
-        self.runs, self.seed = check_count("runs", runs), _check_seed(seed)
+        self.runs, self.seed = check_count("runs", runs), check_seed("seed", seed)
 
     @property
     def model(self) -> Any:  # type: ignore[override]
@@ -461,8 +460,7 @@ class PredictionChange(PurifierChange):
             raise ValueError(
                 f"classifier must be a torch.nn.Module or an ART classifier, got {type(classifier).__name__}"
             )
-        if output not in OUTPUTS:
-            raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
+        check_choice("output", output, OUTPUTS)
         self.classifier, self.output = classifier, output
         super().__init__(purifier, runs, seed=seed)
 
@@ -536,10 +534,6 @@ def _check_sigma(sigma: Any, model: ScoreModel) -> float:
     if not sigma:
         raise ValueError("sigma must be above 0, got 0")
     return sigma
-
-
-def _check_seed(seed: Any) -> int | None:
-    return None if seed is None else check_count("seed", seed, least=0)
 
 
 def _check_purifier(purifier: Any) -> Purifier:

@@ -29,6 +29,7 @@ from art_pixeldefend.files import write_atomically
 from art_pixeldefend.levels import from_levels, to_levels
 from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
 from art_pixeldefend.purifiers import AdaptivePixelDefend, PixelDefend, PurifiedModel, ScorePurifier
+from art_pixeldefend.validation import check_choice
 
 # Columns of the table besides the blind attacks; the last two are of the same images.
 CLEAN, BLIND, WHITE_BOX = "clean", "blind", "white-box"
@@ -102,8 +103,7 @@ def run(out: Path, name: str = "fashion-mnist", *, seed: int = 0, verbose: bool 
     Raises:
         ValueError: for another name.
     """
-    if name not in SETTINGS:
-        raise ValueError(f"name must be one of {', '.join(SETTINGS)}, got {name!r}")
+    check_choice("name", name, SETTINGS)
     setting, began = SETTINGS[name], time.perf_counter()
 
     def say(text: str) -> None:

@@ -10,7 +10,7 @@ from art_pixeldefend.attacks import ATTACKS
 from art_pixeldefend.classifiers import NETWORKS, RECIPES, TECHNIQUES
 from art_pixeldefend.evaluation.preprocessors import CALIBRATED, Step, placeholders
 from art_pixeldefend.evaluation.threat import BLIND, WHITE_BOX, Threat
-from art_pixeldefend.validation import check_count, check_eps
+from art_pixeldefend.validation import check_choice, check_count, check_eps
 
 EARLIER_NAMES = {"none/bare": "none", "bare": "blind", "through": "white-box"}  # of rows, in results of version 0.1
 REFERENCES = ("calibration", "training")
@@ -263,5 +263,4 @@ def _matches(name: str, words: list[str]) -> bool:
 
 def _check(name: str, values: Iterable[str], known: Iterable[str]) -> None:
     for value in values:
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        check_choice(name, value, known)

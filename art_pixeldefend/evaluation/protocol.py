@@ -24,6 +24,7 @@ from art_pixeldefend.evaluation.preprocessors import Sequential
 from art_pixeldefend.evaluation.threat import Threat
 from art_pixeldefend.levels import LEVELS, from_levels, to_levels
 from art_pixeldefend.purifiers import ManifoldProjection, PurifiedModel, Purifier
+from art_pixeldefend.validation import check_choice
 
 BUDGETS = ("quick", "standard", "full")
 AGAIN = "again"  # the attack that repeats the strongest one with twice the effort
@@ -275,8 +276,7 @@ def plan(subject: Subject, budget: str, ball: Ball, eot: int | None = None) -> l
     Raises:
         ValueError: naming ``budget``.
     """
-    if budget not in BUDGETS:
-        raise ValueError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
+    check_choice("budget", budget, BUDGETS)
     level = BUDGETS.index(budget)
     if eot is None:
         eot = (4, 16, 20)[level] if subject.stochastic else 1

@@ -19,6 +19,7 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from art_pixeldefend.attacks.through import NORMS
 from art_pixeldefend.attacks.training import frozen
 from art_pixeldefend.classifiers.training import seeded
 from art_pixeldefend.evaluation import diagnostics
@@ -30,7 +31,7 @@ from art_pixeldefend.evaluation.store import Store
 from art_pixeldefend.evaluation.threat import Threat
 from art_pixeldefend.files import write_atomically
 from art_pixeldefend.models.base import evaluation_mode
-from art_pixeldefend.validation import check_count, check_labels, check_number
+from art_pixeldefend.validation import check_choice, check_count, check_labels, check_number
 
 CLEAN, WORST_CASE = "clean", "worst case"
 RULES = ("mean", "worst", "vote")
@@ -64,8 +65,7 @@ class AttackResult:
         """How right each image (N,) is, 0..1: the share of draws that predict ``y`` (N,) for ``"mean"``; 0 or 1 for
         ``"worst"`` (all draws predict it) and ``"vote"`` (more draws predict it than any other class).
         """
-        if rule not in RULES:
-            raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+        check_choice("rule", rule, RULES)
         hits = self.labels == y[:, None]
         if rule == "vote":
             others = [((self.labels == c) & ~hits).sum(1) for c in np.unique(self.labels)]
@@ -298,9 +298,7 @@ def evaluate_robustness(
     labels = check_labels("y", y.cpu().numpy() if isinstance(y, Tensor) else np.asarray(y), len(images))
     if not len(images):
         raise ValueError("x must hold at least one image")
-    if norm not in ("Linf", "L2"):
-        raise ValueError(f"norm must be 'Linf' or 'L2', got {norm!r}")
-    ball, seed = Ball(check_number("eps", eps), norm), check_count("seed", seed, 0)
+    ball, seed = Ball(check_number("eps", eps), check_choice("norm", norm, NORMS)), check_count("seed", seed, 0)
     if not isinstance(model, (nn.Module, PyTorchClassifier)):
         raise ValueError(f"model must be a torch module or an ART PyTorchClassifier, got {type(model).__name__}")
     with evaluation_mode(model.model if isinstance(model, PyTorchClassifier) else model):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from art_pixeldefend.validation import check_count
+from art_pixeldefend.validation import check_choice, check_count
 
 SEES = ("classifier", "scores", "everything")
 TOLD = ("eot", "restarts", "steps", "loss", "targets")
@@ -52,8 +52,7 @@ class Threat:
 
     def __post_init__(self) -> None:
         for name, known in (("sees", SEES), ("gradient", (None, *GRADIENTS))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {getattr(self, name)!r}")
+            check_choice(name, getattr(self, name), known)
         for name, least in (("eot", 1), ("restarts", 1), ("targets", 0)):
             check_count(name, getattr(self, name), least)
         if self.steps is not None:

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,7 +36,7 @@ from art_pixeldefend.models.gradients import Gradients, all_reduce, gradients_of
 from art_pixeldefend.models.pixelcnnpp.compilation import compilation_notice
 from art_pixeldefend.precision import bf16_pays, default_float32
 from art_pixeldefend.processes import ProcessGroup, process_group
-from art_pixeldefend.validation import check_count, check_device, check_number
+from art_pixeldefend.validation import check_attributes, check_bool, check_count, check_device, check_number
 
 LOG_EVERY = 50  # steps between two lines of metrics
 EVALUATED = 512  # held-out images that are evaluated during a run; at its end all are
@@ -81,17 +80,12 @@ class Settings:
     flip: bool = False
 
     def __post_init__(self) -> None:
-        checks: dict[str, Callable[[str, Any], float]] = {
-            **dict.fromkeys(("steps", "batch_size", "every"), check_count),
-            **dict.fromkeys(("learning_rate", "clip"), check_number),
-            **dict.fromkeys(("decay", "average"), partial(check_number, high=1)),
-            "warmup": partial(check_count, least=0),
-            "seed": partial(check_count, least=0, most=MAX_SEED),
-        }
-        for name, check in checks.items():
-            object.__setattr__(self, name, check(name, getattr(self, name)))  # a plain number, which JSON can hold
-        if not isinstance(self.flip, bool):
-            raise ValueError(f"flip must be a bool, got {self.flip!r}")
+        check_attributes(self, check_count, "steps", "batch_size", "every")  # plain numbers, which JSON can hold
+        check_attributes(self, check_number, "learning_rate", "clip")
+        check_attributes(self, check_number, "decay", "average", high=1)
+        check_attributes(self, check_count, "warmup", least=0)
+        check_attributes(self, check_count, "seed", least=0, most=MAX_SEED)
+        check_bool("flip", self.flip)
 
     def learning_rate_at(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""

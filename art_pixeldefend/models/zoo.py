@@ -12,7 +12,7 @@ import torch
 
 from art_pixeldefend.models import checkpoint
 from art_pixeldefend.models.checkpoint import METRICS, MODEL, RUN
-from art_pixeldefend.validation import check_device
+from art_pixeldefend.validation import check_choice, check_device
 
 if TYPE_CHECKING:
     from art_pixeldefend.models.base import ImageModel
@@ -33,8 +33,7 @@ def class_of(kind: str) -> type[ImageModel]:
     Raises:
         ValueError: if there is none; the message lists the kinds.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    check_choice("kind", kind, KINDS)
     module, name = KINDS[kind]
     return getattr(import_module(module), name)
 
@@ -63,8 +62,7 @@ def path(name: str, kind: str | None = None) -> Path:
     Raises:
         ValueError: if no model of that name, and of that kind, is bundled; the message lists those that are.
     """
-    if name not in names(kind):
-        raise ValueError(f"name must be one of {', '.join(names(kind))}, got {name!r}")
+    check_choice("name", name, names(kind))
     return WEIGHTS / f"{name}.safetensors"
 
 

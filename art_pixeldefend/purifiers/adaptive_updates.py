@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from art_pixeldefend.validation import check_count, check_number
+from art_pixeldefend.validation import check_attributes, check_bool, check_count, check_number
 
 Direction = Callable[[Tensor], Tensor]  # images (N, C, H, W) to the direction to move them in, of the same shape
 
@@ -46,12 +46,10 @@ class AdaptiveStep:
     detach: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("rate", "delta", "largest"):
-            object.__setattr__(self, name, check_number(name, getattr(self, name), 1e-12))
-        object.__setattr__(self, "stop", check_number("stop", self.stop))
-        object.__setattr__(self, "smallest", check_number("smallest", self.smallest, 0.0, self.largest))
-        if not isinstance(self.detach, bool):
-            raise ValueError(f"detach must be a bool, got {self.detach!r}")
+        check_attributes(self, check_number, "rate", "delta", "largest", low=1e-12)
+        check_attributes(self, check_number, "stop")
+        check_attributes(self, check_number, "smallest", high=self.largest)
+        check_bool("detach", self.detach)
 
     def sizes(self, g: Tensor, g_ahead: Tensor) -> Tensor:
         """Step sizes (N,) for directions g and g' (N, ...); 0 where g is zero."""

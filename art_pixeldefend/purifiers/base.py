@@ -20,7 +20,7 @@ from art_pixeldefend.batches import map_batches
 from art_pixeldefend.levels import UNIT, ClipValues, Images, as_tensor, check_clip_values
 from art_pixeldefend.models.base import ImageModel
 from art_pixeldefend.precision import full_float32
-from art_pixeldefend.validation import all_or_none, check_count
+from art_pixeldefend.validation import all_or_none, check_bool, check_choice, check_count, check_seed
 
 GRADIENTS = ("identity", "exact", "implicit")
 
@@ -215,8 +215,7 @@ class Purifier(PreprocessorPyTorch):
         seed: int | None = None,
         device_type: str = "gpu",
     ) -> None:
-        if device_type not in ("gpu", "cpu"):
-            raise ValueError(f"device_type must be 'gpu' or 'cpu', got {device_type!r}")
+        check_choice("device_type", device_type, ("gpu", "cpu"))
         super().__init__(device_type=device_type, is_fitted=True, apply_fit=apply_fit, apply_predict=apply_predict)
         self.clip_values = clip_values
         self.batch_size = batch_size
@@ -392,13 +391,11 @@ class Purifier(PreprocessorPyTorch):
     def _check_params(self) -> None:
         self.clip_values = check_clip_values(self.clip_values)
         self.batch_size = check_count("batch_size", self.batch_size)
-        if not isinstance(self.verbose, bool):
-            raise ValueError(f"verbose must be a bool, got {self.verbose!r}")
+        check_bool("verbose", self.verbose)
         if not callable(self.gradient) and self.gradient not in self.gradients:
             supported = " or ".join(map(repr, self.gradients))
             raise ValueError(f"gradient must be {supported} for {type(self).__name__}, got {self.gradient!r}")
-        if self.seed is not None:
-            self.seed = check_count("seed", self.seed, least=0)
+        self.seed = check_seed("seed", self.seed)
 
     def __repr__(self) -> str:
         settings = {name: getattr(self, name) for name in signature(type(self)).parameters if name in self.params}

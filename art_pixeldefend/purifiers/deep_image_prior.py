@@ -12,7 +12,7 @@ from torch import Tensor
 
 from art_pixeldefend.levels import ClipValues
 from art_pixeldefend.purifiers.base import BatchGenerator, Purifier
-from art_pixeldefend.validation import check_count, check_number, check_probability
+from art_pixeldefend.validation import check_attributes, check_count, check_number, check_probability
 
 SKIP_CHANNELS = 4  # of the connections between encoder and decoder
 SMALLEST = 4  # pixels of the shorter side of an image
@@ -112,8 +112,7 @@ class DeepImagePrior(Purifier):
 
     def _check_params(self) -> None:
         self.error = check_number("error", self.error, 0.0, 1.0)
-        self.steps = check_count("steps", self.steps)
-        self.channels = check_count("channels", self.channels)
+        check_attributes(self, check_count, "steps", "channels")
         self.learning_rate = check_number("learning_rate", self.learning_rate)
         self.decay = check_probability("decay", self.decay)
         super()._check_params()

@@ -16,7 +16,7 @@ from art_pixeldefend.levels import ClipValues, Images, as_tensor
 from art_pixeldefend.models.generator import Generator
 from art_pixeldefend.models.zoo import as_model
 from art_pixeldefend.purifiers.base import BatchGenerator, Purifier
-from art_pixeldefend.validation import check_count, check_number
+from art_pixeldefend.validation import check_attributes, check_choice, check_count, check_number
 
 OPTIMIZERS = ("adam", "momentum")
 BETAS = (0.9, 0.99)  # of Adam: with 0.999 the first, large gradients would shorten all steps of so short a run
@@ -210,12 +210,10 @@ class ManifoldProjection(Purifier):
 
     def _check_params(self) -> None:
         self.model = as_model(self.model, Generator, self.device, name="model")
-        self.steps = check_count("steps", self.steps)
-        self.restarts = check_count("restarts", self.restarts)
+        check_attributes(self, check_count, "steps", "restarts")
         self.learning_rate = check_number("learning_rate", self.learning_rate)
         self.momentum = check_number("momentum", self.momentum, 0.0, 1.0)
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer must be {' or '.join(map(repr, OPTIMIZERS))}, got {self.optimizer!r}")
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
         if self.encode is None:
             self.encode = self.model.encodes
         if not isinstance(self.encode, bool) or self.encode > self.model.encodes:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from art_pixeldefend.purifiers.base import Purifier, StraightThrough
-from art_pixeldefend.validation import check_count
+from art_pixeldefend.validation import check_choice, check_count
 
 COMBINATIONS = ("logits", "softmax", "vote")
 
@@ -60,8 +60,7 @@ class PurifiedModel(nn.Module):
             raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}{hint}")
         if not isinstance(purifier, Purifier):
             raise ValueError(f"purifier must be a Purifier, got {type(purifier).__name__}")
-        if combine not in COMBINATIONS:
-            raise ValueError(f"combine must be one of {', '.join(COMBINATIONS)}, got {combine!r}")
+        check_choice("combine", combine, COMBINATIONS)
         self.model = model
         self.purifier = purifier
         if isinstance(purifier.model, nn.Module):

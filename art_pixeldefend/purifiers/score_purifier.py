@@ -15,7 +15,7 @@ from art_pixeldefend.models.score import ScoreModel, noise_levels, reverse_diffu
 from art_pixeldefend.models.zoo import as_model
 from art_pixeldefend.purifiers.adaptive_updates import AdaptiveStep, adaptive_updates
 from art_pixeldefend.purifiers.base import BatchGenerator, Purifier
-from art_pixeldefend.validation import check_count, check_number
+from art_pixeldefend.validation import check_attributes, check_count, check_number
 
 
 class ScoreDenoiser(Purifier):
@@ -210,8 +210,7 @@ class ScorePurifier(Purifier):
     def _check_params(self) -> None:
         self.model = as_model(self.model, ScoreModel, self.device, name="model")
         most = self.model.sigma_range[1]
-        for name in ("sigma", "spared_sigma"):
-            setattr(self, name, check_number(name, getattr(self, name), 0.0, most))
+        check_attributes(self, check_number, "sigma", "spared_sigma", high=most)
         self.detection_sigma = check_number("detection_sigma", self.detection_sigma, 1e-6, most)
         self.steps = check_count("steps", self.steps)
         self.eta = check_number("eta", self.eta, 0.0, 1.0)

@@ -17,7 +17,7 @@ from art_pixeldefend.evaluation.stages import Stages
 from art_pixeldefend.evaluation.store import Store
 from art_pixeldefend.files import check_folder, write_atomically
 from art_pixeldefend.processes import process_group
-from art_pixeldefend.validation import check_count
+from art_pixeldefend.validation import check_choice, check_count
 
 
 def reproduce(
@@ -62,8 +62,7 @@ def reproduce(
             folder with another grid's table. A cell that fails raises nothing: its error is recorded.
     """
     if isinstance(grid, str):
-        if grid not in GRIDS:
-            raise ValueError(f"grid must be one of {', '.join(GRIDS)}, got {grid!r}")
+        check_choice("grid", grid, GRIDS)
         grid = GRIDS[grid]
     if pixel_cnn is not None:
         grid = replace(grid, models={**grid.models, DENSITY_MODEL: pixel_cnn})

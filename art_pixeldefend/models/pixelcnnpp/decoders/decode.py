@@ -18,7 +18,7 @@ from art_pixeldefend.models.pixelcnnpp.decoders.cached import cached_decode
 from art_pixeldefend.models.pixelcnnpp.decoders.fixed_point import fixed_point_decode
 from art_pixeldefend.models.pixelcnnpp.decoders.reference import reference_decode
 from art_pixeldefend.models.pixelcnnpp.decoders.rules import Ancestral, Greedy
-from art_pixeldefend.validation import check_count, check_eps
+from art_pixeldefend.validation import check_choice, check_count, check_eps
 
 Engine = Callable[[PixelCNNpp, Tensor, int], Tensor]
 BATCH_SIZE = 128
@@ -79,9 +79,7 @@ def choose_engine(pixel_cnn: PixelCNNpp, method: str) -> str:
     Raises:
         ValueError: if there is no such method, or its engine cannot decode with this model.
     """
-    if method not in ("auto", *ENGINES):
-        raise ValueError(f"method must be one of auto, {', '.join(ENGINES)}, got {method!r}")
-    if method == "auto":
+    if check_choice("method", method, ("auto", *ENGINES)) == "auto":
         return next(engine for engine in ("compiled", "graphed", "cached") if not why_not(engine, pixel_cnn))
     if lacking := why_not(method, pixel_cnn):
         raise ValueError(f'method {method!r} needs {lacking}; "auto" chooses an engine that fits')
