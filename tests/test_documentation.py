@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from art_pixeldefend import cli
-from art_pixeldefend.evaluation.stages import seeded
+from art_pixeldefend.classifiers.training import seeded
 from art_pixeldefend.models import zoo
 
 README = Path(__file__).parents[1] / "README.md"

@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 from torch import nn
 
-from art_pixeldefend.evaluation.stages import seeded
+from art_pixeldefend.classifiers.training import seeded
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -310,9 +310,9 @@ def crop(x: np.ndarray, corners: np.ndarray, padding: int) -> np.ndarray:
 def seeded(seed: int) -> Iterator[None]:
     """Seed the global generators of torch and NumPy, which ART draws from, and restore them afterwards."""
     state = np.random.get_state()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        np.random.seed(seed)
+        np.random.seed(seed % 2**32)
         try:
             yield
         finally:

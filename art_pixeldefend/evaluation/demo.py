@@ -19,11 +19,11 @@ from torch import nn
 
 from art_pixeldefend import __version__, classifiers, datasets
 from art_pixeldefend.attacks import ATTACKS, make_attack
+from art_pixeldefend.classifiers.training import seeded
 from art_pixeldefend.datasets import Dataset, Split
 from art_pixeldefend.detectors import PixelDefendDetector
 from art_pixeldefend.evaluation import figures, page
 from art_pixeldefend.evaluation.preprocessors import Sequential
-from art_pixeldefend.evaluation.stages import seeded
 from art_pixeldefend.evaluation.table import wilson
 from art_pixeldefend.files import write_atomically
 from art_pixeldefend.levels import from_levels, to_levels

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from art.defences.preprocessor import Preprocessor
 from art.estimators.classification import PyTorchClassifier
 
@@ -19,7 +17,7 @@ from art_pixeldefend.attacks import ATTACKS, unclipped
 from art_pixeldefend.attacks.budget import clip_to_ball
 from art_pixeldefend.attacks.through import backward_pass, purifiers_of
 from art_pixeldefend.classifiers.layers import Network
-from art_pixeldefend.classifiers.training import Recipe, shortened
+from art_pixeldefend.classifiers.training import Recipe, seeded, shortened
 from art_pixeldefend.datasets import Dataset
 from art_pixeldefend.evaluation.grid import CLEAN, Cell, Grid, Row
 from art_pixeldefend.evaluation.preprocessors import CALIBRATED, Step, is_placeholder, placeholders, preprocessor
@@ -362,16 +360,3 @@ class Stages:
 def attack_key(name: str) -> list[Any]:
     """Return an attack's name and version."""
     return [name, None if name == CLEAN else ATTACKS[name].version]
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators of torch and NumPy inside the context; outside they are left as they were."""
-    state = np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            np.random.set_state(state)

@@ -10,8 +10,8 @@ import pytest
 from torch import nn
 
 from art_pixeldefend import datasets
+from art_pixeldefend.classifiers.training import seeded
 from art_pixeldefend.evaluation import demo, page
-from art_pixeldefend.evaluation.stages import seeded
 
 VOID = {"meta", "img"}
 
