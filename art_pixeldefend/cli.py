@@ -170,6 +170,7 @@ def train(
     import torch
 
     from art_pixeldefend import datasets
+    from art_pixeldefend.files import SAMPLES
     from art_pixeldefend.models import training
     from art_pixeldefend.models.zoo import class_of
     from art_pixeldefend.pictures import write_sheet
@@ -203,7 +204,7 @@ def train(
     )  # fmt: skip
     sample = getattr(model, "sample", None)
     if first and sample and model.image_shape[0] in (1, 3):
-        write_sheet(out / "samples.png", sample(16, seed=seed).cpu().numpy())
+        write_sheet(out / SAMPLES, sample(16, seed=seed).cpu().numpy())
     if first:
         results = {name[5:]: value for name, value in model.provenance.items() if name.startswith("test_")}
         shown = [f"{value:.4f} {name.replace('_per_', '/')}" for name, value in results.items()]

@@ -16,6 +16,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+CHECKPOINT, METRICS, MODEL = "checkpoint.safetensors", "metrics.jsonl", "model.safetensors"
+SAMPLES = "samples.png"  # which the command line adds
+RUN_FILES = (CHECKPOINT, MODEL, METRICS, SAMPLES)  # the files of a training run
 TOKEN_BYTES = 8  # of the random part in the names of temporary files
 
 

@@ -12,13 +12,23 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from os import PathLike
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
-from art_pixeldefend.files import check_file, check_folder, replacing, write_atomically
+from art_pixeldefend.files import (
+    CHECKPOINT,
+    METRICS,
+    MODEL,
+    SAMPLES,
+    check_file,
+    check_folder,
+    replacing,
+    write_atomically,
+)
 from art_pixeldefend.pictures import as_picture
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -174,8 +184,12 @@ def open_images(path: str | PathLike[str], channels: int) -> LazyImages:
     if path.is_dir():
         paths = _listed(path, (channels,))
 
+        @cache
+        def size() -> tuple[int, int]:
+            return _read_file(paths[0]).size
+
         def read(start: int, stop: int) -> np.ndarray:
-            return _levels_of(paths[start:stop], grey=channels == 1, first=paths[0])
+            return _levels_of(paths[start:stop], channels == 1, paths[0], size() if start else None)
 
         return LazyImages([str(file.relative_to(path)) for file in paths], read)
     if path.suffix == ".npy" and path.is_file():
@@ -255,7 +269,7 @@ def write_images(path: str | PathLike[str], levels: np.ndarray, like: ImageSet, 
 def _read_folder(folder: Path, channels: Sequence[int], exclude: str | PathLike[str] | None) -> ImageSet:
     paths = _listed(folder, channels, exclude)
     grey = None if {1, 3} <= set(channels) else 3 not in channels
-    levels = _levels_of(paths, grey, first=paths[0])
+    levels = _levels_of(paths, grey, paths[0])
     return ImageSet(levels, [str(path.relative_to(folder)) for path in paths], "folder", folder)
 
 
@@ -270,10 +284,15 @@ def _listed(folder: Path, channels: Sequence[int], exclude: str | PathLike[str] 
     return paths
 
 
-def _levels_of(paths: Sequence[Path], grey: bool | None, first: Path) -> np.ndarray:
-    """Levels (N, C, H, W) of image files, all of the size of ``first``; with ``grey=None`` grey if all of them are."""
+def _levels_of(
+    paths: Sequence[Path], grey: bool | None, first: Path, size: tuple[int, int] | None = None
+) -> np.ndarray:
+    """Levels (N, C, H, W) of image files; with ``grey=None`` grey if all of them are.
+
+    All must be of the ``size`` (W, H) of the image ``first``, by default the first of these.
+    """
     images = [_read_file(path) for path in paths]
-    size = images[0].size if paths[0] == first else _read_file(first).size
+    size = size or images[0].size
     for path, image in zip(paths, images, strict=True):
         if image.size != size:
             found, expected = (f"{height} x {width}" for width, height in (image.size, size))
@@ -292,7 +311,7 @@ def _levels_of(paths: Sequence[Path], grey: bool | None, first: Path) -> np.ndar
 def _image_files(folder: Path, excluded: frozenset[Path]) -> Iterator[Path]:
     """The image files of a folder and its subfolders, in order, without those in the real paths ``excluded``."""
     excluded = excluded | {folder.resolve()}  # a symbolic link to a folder above is not followed
-    samples = {"samples.png"} if _is_run(folder) else set()
+    samples = {SAMPLES} if _is_run(folder) else set()
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             path = folder / entry.name
@@ -307,8 +326,7 @@ def _image_files(folder: Path, excluded: frozenset[Path]) -> Iterator[Path]:
 
 def _is_run(folder: Path) -> bool:
     """Whether ``train`` wrote this folder, whose pictures are samples of a model."""
-    weights = ("checkpoint.safetensors", "model.safetensors")
-    return (folder / "metrics.jsonl").is_file() and any((folder / name).is_file() for name in weights)
+    return (folder / METRICS).is_file() and any((folder / name).is_file() for name in (CHECKPOINT, MODEL))
 
 
 def _read_file(path: Path) -> Image.Image:

@@ -458,3 +458,13 @@ def test_a_damaged_array_is_refused_when_it_is_opened(content, tmp_path):
     (tmp_path / "x.npy").write_bytes(content)
     with pytest.raises(ValueError, match=r"x\.npy"):
         image_files.open_images(tmp_path / "x.npy", 1)
+
+
+def test_images_read_in_batches_are_decoded_once_but_for_the_first(tmp_path, monkeypatch):
+    for i in range(7):
+        Image.new("L", (3, 4), i).save(tmp_path / f"{i}.png")
+    decoded, read = [], image_files._read_file
+    monkeypatch.setattr(image_files, "_read_file", lambda path: decoded.append(path.name) or read(path))
+    batches = list(image_files.open_images(tmp_path, 1).batches(2))
+    assert np.concatenate(batches)[:, 0, 0, 0].tolist() == list(range(7))
+    assert sorted(decoded) == ["0.png", *(f"{i}.png" for i in range(7))]

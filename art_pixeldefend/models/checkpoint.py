@@ -18,8 +18,6 @@ from art_pixeldefend.files import replacing, temporary_folder
 
 FORMAT = 1
 RUN = "training-run"  # the kind of checkpoints; models have kinds of their own
-CHECKPOINT, METRICS, MODEL = "checkpoint.safetensors", "metrics.jsonl", "model.safetensors"  # the files of a run
-SAMPLES = "samples.png"  # another one, which the command line adds
 KEY = "art_pixeldefend"  # the metadata of safetensors maps strings to strings; the header is JSON under this key
 
 

@@ -28,10 +28,18 @@ from tqdm import tqdm
 
 from art_pixeldefend import __version__
 from art_pixeldefend.datasets import FINGERPRINT, SAMPLE, fingerprint, sample
-from art_pixeldefend.files import check_file, remove_temporaries, write_atomically
+from art_pixeldefend.files import (
+    CHECKPOINT,
+    METRICS,
+    MODEL,
+    RUN_FILES,
+    SAMPLES,
+    check_file,
+    remove_temporaries,
+    write_atomically,
+)
 from art_pixeldefend.models import checkpoint, zoo
 from art_pixeldefend.models.base import ImageModel
-from art_pixeldefend.models.checkpoint import CHECKPOINT, METRICS, MODEL, SAMPLES
 from art_pixeldefend.models.gradients import Gradients, all_reduce, gradients_of
 from art_pixeldefend.models.pixelcnnpp.compilation import compilation_notice
 from art_pixeldefend.precision import bf16_pays, default_float32
@@ -243,7 +251,7 @@ def check_run_folder(folder: str | PathLike[str], *, resume: bool = False, overw
     if resume and overwrite:
         raise ValueError("resume=True and overwrite=True exclude each other")
     folder = Path(folder)
-    found = [name for name in (CHECKPOINT, MODEL, METRICS, SAMPLES) if (folder / name).exists()]
+    found = [name for name in RUN_FILES if (folder / name).exists()]
     if resume and CHECKPOINT not in found and (finished := [name for name in (MODEL, SAMPLES) if name in found]):
         raise ValueError(
             f"resume: {str(folder)!r} holds {' and '.join(finished)} of a finished model, but no {CHECKPOINT} to "
@@ -642,7 +650,7 @@ def _header(folder: Path, resume: bool, overwrite: bool) -> dict[str, Any] | Non
 def _clear(folder: Path, overwrite: bool) -> None:
     """Make the folder; remove temporary files of killed runs, and the files of a run that is to be replaced."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (CHECKPOINT, MODEL, METRICS, SAMPLES):
+    for name in RUN_FILES:
         remove_temporaries(folder / name)
         if overwrite and name != METRICS:  # which is written anew at once
             (folder / name).unlink(missing_ok=True)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from art_pixeldefend.files import METRICS, MODEL
 from art_pixeldefend.models import checkpoint
-from art_pixeldefend.models.checkpoint import METRICS, MODEL, RUN
+from art_pixeldefend.models.checkpoint import RUN
 from art_pixeldefend.validation import check_choice, check_device
 
 if TYPE_CHECKING:
