@@ -17,6 +17,7 @@ from art_pixeldefend.attacks import losses
 from art_pixeldefend.attacks.budget import scalar_clip_values
 from art_pixeldefend.attacks.through import (
     NORMS,
+    Best,
     Criterion,
     Evaluation,
     Evaluator,
@@ -194,9 +195,9 @@ class AdaptivePGD(EvasionAttack):
         evaluator = search.evaluator
         with frozen(self.estimator), backward_pass(evaluator.purifiers, self.gradient):
             attacked = search.run(only)
-        self.success_rate = search.rate.cpu().numpy()
+        self.success_rate = search.best.rate.cpu().numpy()
         self.success = self.success_rate > 0.5
-        self.fallen_at, self.losses = search.fallen_at.cpu().numpy(), search.losses.cpu().numpy()
+        self.fallen_at, self.losses = search.best.fallen_at.cpu().numpy(), search.losses.cpu().numpy()
         self.queries = evaluator.queries.cpu().numpy()
         count = max(evaluator.gradients, 1)
         self.zero_gradients, self.nonfinite_gradients = evaluator.zeros / count, evaluator.nonfinite / count
@@ -232,23 +233,20 @@ class _Search:
 
     def __init__(self, attack: AdaptivePGD, x: np.ndarray, y: Tensor, start: np.ndarray | None) -> None:
         self.attack, self.y, self.given = attack, y, x
-        self.low, self.high = scalar_clip_values(attack.estimator)
-        self.x = self._to_unit(x)
-        self.start = None if start is None else self._to_unit(np.asarray(start, np.float32))
         self.evaluator = Evaluator(
             attack.estimator, y, attack.seed, attack.batch_size, attack.loss, attack.success_criterion
         )
+        self.clip_values = self.evaluator.low, self.evaluator.high
+        self.x = self._to_unit(x)
+        self.start = None if start is None else self._to_unit(np.asarray(start, np.float32))
+        self.best = Best(self.x)
         self.selection_draws = attack.selection_draws
         if self.selection_draws is None and (self.evaluator.random or (attack.eot > 1 and not attack.noise)):
             self.selection_draws = SELECTION_DRAWS
         elif self.selection_draws is None and attack.noise:
             self.selection_draws = 1
         count, device = len(x), y.device
-        self.best = self.x.clone()
-        self.rate = torch.zeros(count, device=device)
-        self.margin = torch.full((count,), -torch.inf, device=device)
         self.promise = torch.full((count,), -torch.inf, device=device)  # largest margin over a gradient's draws
-        self.fallen_at = torch.full((count,), -1, device=device)
         runs = attack.restarts * max(attack.targets, 1)
         self.losses = torch.full((runs, attack.steps + 1, count), torch.nan, device=device)
 
@@ -256,17 +254,17 @@ class _Search:
         """Attack the images ``only``, (N,), and return the best of all, in the estimator's range."""
         attack, chosen = self.attack, torch.from_numpy(np.flatnonzero(only)).to(self.x.device)
         if not len(chosen):
-            return self._from_unit(self.best)
+            return self._from_unit(self.best.images)
         clean = self.evaluator(self.x[chosen], chosen, self.selection_draws or 1)
-        self._keep(self.x[chosen], chosen, clean, 0)
+        self.best.keep(self.x[chosen], chosen, clean, 0)
         targets = torch.zeros((len(self.x), max(attack.targets, 1)), dtype=torch.long, device=self.x.device)
         targets[chosen] = clean.logits.scatter(1, self.y[chosen, None], -torch.inf).topk(targets.shape[1]).indices
         with tqdm(total=len(self.losses) * attack.steps, unit="step", desc="attack", disable=not attack.verbose) as bar:
             for run in range(len(self.losses)):
-                index = chosen[self.rate[chosen] < 1]
+                index = chosen[self.best.rate[chosen] < 1]
                 towards = targets[:, run % attack.targets] if attack.targets else None
                 self._climb(run, index, towards, bar)
-        return self._from_unit(self.best)
+        return self._from_unit(self.best.images)
 
     def _climb(self, run: int, index: Tensor, targets: Tensor | None, bar: tqdm) -> None:
         """Ascend from a random start, with the images ``index``; those that fall leave."""
@@ -279,7 +277,7 @@ class _Search:
             where, last = index[active], step == attack.steps
             points = self._rounded(ascent.z[active], self.x[where])
             towards = None if targets is None else targets[where]
-            noise = 0.0 if last else attack.noise / (self.high - self.low)
+            noise = 0.0 if last else attack.noise / self.evaluator.scale
             found = self.evaluator(
                 points, where, attack.eot, (run, step), targets=towards, gradient=not last, noise=noise
             )
@@ -287,7 +285,7 @@ class _Search:
             self._select(points, where, found, run * attack.steps + step)
             bar.update(not last)
             if not last:
-                going = self.rate[where] < 1
+                going = self.best.rate[where] < 1
                 active = active[going]
                 ascent.move(active, found[going], step)
 
@@ -300,19 +298,7 @@ class _Search:
             if not len(index):
                 return
             found = self.evaluator(points, index, self.selection_draws)
-        self._keep(points, index, found, steps)
-
-    def _keep(self, points: Tensor, index: Tensor, found: Evaluation, steps: int) -> None:
-        """Keep images that succeed more often than the best so far, or as often with a larger margin."""
-        rate, margin = self.rate[index], self.margin[index]
-        better = (found.rate > rate) | ((found.rate == rate) & (found.margin > margin))
-        chosen = index[better]
-        self.best[chosen], self.rate[chosen], self.margin[chosen] = (
-            points[better],
-            found.rate[better],
-            found.margin[better],
-        )
-        self.fallen_at[index[(found.rate > 0.5) & (self.fallen_at[index] < 0)]] = steps
+        self.best.keep(points, index, found, steps)
 
     def _start(self, index: Tensor, run: int) -> Tensor:
         """The points of the ball, (M, ...), at which a run begins."""
@@ -331,7 +317,7 @@ class _Search:
     @property
     def eps(self) -> float:
         """The radius in the range [0, 1]."""
-        return self.attack.eps / (self.high - self.low)
+        return self.attack.eps / self.evaluator.scale
 
     def _rounded(self, z: Tensor, x: Tensor) -> Tensor:
         """Images in the ball of ``x`` close to ``z``, 8-bit ones if wanted."""
@@ -351,18 +337,14 @@ class _Search:
     def _to_unit(self, x: np.ndarray) -> Tensor:
         """Images of the estimator's range in [0, 1], rounded to 8 bits if wanted."""
         if self.attack.round_to_levels:
-            return from_levels(torch.from_numpy(to_levels(x, (self.low, self.high))).to(self.y.device))
-        return torch.from_numpy((x - self.low) / (self.high - self.low)).to(self.y.device, torch.float32)
+            return from_levels(torch.from_numpy(to_levels(x, self.clip_values)).to(self.y.device))
+        return self.evaluator.to_unit(x)
 
     def _from_unit(self, unit: Tensor) -> np.ndarray:
         """Images in the estimator's range; those that were not changed are exactly the input, unless rounded."""
-        clip_values = self.low, self.high
         if self.attack.round_to_levels:
-            return from_levels(to_levels(unit).cpu().numpy(), clip_values, self.given.dtype)
-        attacked = (unit.cpu().numpy() * (self.high - self.low) + self.low).astype(self.given.dtype)
-        unchanged = (unit == self.x).flatten(1).all(1).cpu().numpy()
-        attacked[unchanged] = self.given[unchanged]
-        return np.clip(attacked, *clip_values)
+            return from_levels(to_levels(unit).cpu().numpy(), self.clip_values, self.given.dtype)
+        return self.evaluator.from_unit(unit, self.given)
 
 
 class _Ascent:

@@ -158,11 +158,9 @@ class DetectorAware(EvasionAttack):
         if not is_random(self.estimator):
             wrong = self.estimator.predict(attacked, batch_size=self.batch_size).argmax(axis=1) != labels
         else:
-            low, high = scalar_clip_values(self.estimator)
-            images = ((torch.from_numpy(attacked) - low) / (high - low)).to(self.estimator.device)
-            y, everyone = torch.from_numpy(labels).to(images.device), torch.arange(len(images), device=images.device)
-            evaluator = Evaluator(self.estimator, y, self.seed, self.batch_size)
-            wrong = evaluator(images, everyone, SELECTION_DRAWS, (position,)).rate.cpu().numpy()
+            y = torch.from_numpy(labels).to(self.estimator.device)
+            evaluator, everyone = Evaluator(self.estimator, y, self.seed, self.batch_size), torch.arange(len(y)).to(y)
+            wrong = evaluator(evaluator.to_unit(attacked), everyone, SELECTION_DRAWS, (position,)).rate.cpu().numpy()
         return wrong * (1 - self._flagged(attacked)) > 0.5 if wrong.any() else np.zeros(len(attacked), bool)
 
     def _flagged(self, attacked: np.ndarray) -> np.ndarray:

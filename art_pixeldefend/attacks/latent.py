@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from art_pixeldefend.attacks import losses
 from art_pixeldefend.attacks.budget import scalar_clip_values
-from art_pixeldefend.attacks.through import NORMS, Evaluation, Evaluator, labels_of, projected, purifiers_of
+from art_pixeldefend.attacks.through import NORMS, Best, Evaluator, labels_of, projected, purifiers_of
 from art_pixeldefend.attacks.training import frozen
 from art_pixeldefend.purifiers.logits import differentiable_logits
 from art_pixeldefend.purifiers.manifold_projection import ManifoldProjection
@@ -119,36 +119,34 @@ class LatentAttack(EvasionAttack):
             self.estimator, labels_of(self.estimator, x, y, self.batch_size), self.seed, self.batch_size
         )
         draws = self.draws or (5 if evaluator.random else 1)
-        clean = torch.from_numpy((x - evaluator.low) / (evaluator.high - evaluator.low)).to(evaluator.y.device)
-        best, rate = clean.clone(), torch.zeros(len(x), device=clean.device)
-        margin = torch.full_like(rate, -torch.inf)
-        fallen_at = torch.full_like(evaluator.y, -1)
+        clean, model = evaluator.to_unit(x), self.projection.model
+        best = Best(clean)
+        checked = sorted({self.steps * check // self.checks for check in range(1, self.checks + 1)} - {0})
 
-        def judge(points: Tensor, index: Tensor, steps: int) -> None:
-            found: Evaluation = evaluator(points, index, draws)
-            better = (found.rate > rate[index]) | ((found.rate == rate[index]) & (found.margin > margin[index]))
-            chosen = index[better]
-            best[chosen], rate[chosen], margin[chosen] = points[better], found.rate[better], found.margin[better]
-            fallen_at[index[(found.rate > 0.5) & (fallen_at[index] < 0)]] = steps
+        def left() -> Sequence[Tensor]:
+            return (best.rate < 1).nonzero().squeeze(1).split(self.batch_size)
 
-        with frozen(self.estimator), self.projection.model.evaluating():
+        with frozen(self.estimator), model.evaluating():
             if len(x):
-                judge(clean, torch.arange(len(x), device=clean.device), 0)
+                everyone = torch.arange(len(x), device=clean.device)
+                best.keep(clean, everyone, evaluator(clean, everyone, draws), 0)
+            start = clean.new_zeros(len(x), model.latent_size, dtype=model.dtype)
+            for index in left():
+                start[index] = self._closest(clean[index]).to(start)
             total = len(self.weights) * self.steps
             with tqdm(total=total, unit="step", desc="attack", disable=not self.verbose) as bar:
                 for number, weight in enumerate(self.weights):
-                    for index in (rate < 1).nonzero().squeeze(1).split(self.batch_size):
-                        z = self._closest(clean[index])
-                        every = max(1, self.steps // self.checks)
-                        for step, points in enumerate(self._ascent(z, clean[index], evaluator.y[index], weight), 1):
-                            if step % every == 0 or step == self.steps:
-                                judge(points, index, number * self.steps + step)
+                    for index in left():
+                        path = self._ascent(start[index], clean[index], evaluator.y[index], weight)
+                        for step in checked:
+                            with torch.no_grad():
+                                points = self._nearest(model(path[step - 1]), clean[index]).to(clean)
+                            best.keep(points, index, evaluator(points, index, draws), number * self.steps + step)
                     bar.update(self.steps)
-        self.success_rate = rate.cpu().numpy()
-        self.success, self.fallen_at = self.success_rate > 0.5, fallen_at.cpu().numpy()
+        self.success_rate = best.rate.cpu().numpy()
+        self.success, self.fallen_at = self.success_rate > 0.5, best.fallen_at.cpu().numpy()
         self.queries = evaluator.queries.cpu().numpy()
-        attacked = best.cpu().numpy() * (evaluator.high - evaluator.low) + evaluator.low
-        return np.clip(attacked, evaluator.low, evaluator.high).astype(x.dtype)
+        return evaluator.from_unit(best.images, x)
 
     def _closest(self, x: Tensor) -> Tensor:
         """The latents (M, L) of images close to ``x``, by Adam from the encoder's, or from 0."""
@@ -158,24 +156,25 @@ class LatentAttack(EvasionAttack):
             start = model.encode(unit) if model.encodes else unit.new_zeros(len(x), model.latent_size)
         return self._descend(start, self.steps // 2, lambda z: (model(z) - unit).square().sum())[-1]
 
-    def _ascent(self, z: Tensor, x: Tensor, y: Tensor, weight: float) -> Any:
-        """Yield the points of the balls around ``x`` that are closest to the generator's images, after every step."""
-        model = self.projection.model
-        unit, eps = x.to(model.device, model.dtype), self.eps / self._scale()
+    def _ascent(self, z: Tensor, x: Tensor, y: Tensor, weight: float) -> list[Tensor]:
+        """The latents after every step of the attack on images ``x`` of labels ``y``."""
 
         def objective(z: Tensor) -> Tensor:
-            image = model(z)
-            nearest = projected(image.detach(), unit, eps, self.norm)
+            image = self.projection.model(z)
+            nearest = self._nearest(image.detach(), x)
             margin = losses.margin(self._logits(image.clamp(0, 1)), y)
             return (weight * (image - nearest).square().flatten(1).sum(1) - margin.clamp_max(CONFIDENCE)).sum()
 
-        for latents in self._descend(z, self.steps, objective):
-            with torch.no_grad():
-                yield projected(model(latents), unit, eps, self.norm).to(x)
+        return self._descend(z, self.steps, objective)
+
+    def _nearest(self, images: Tensor, x: Tensor) -> Tensor:
+        """The points of the balls around ``x`` that are closest to ``images``."""
+        low, high = scalar_clip_values(self.estimator)
+        return projected(images, x.to(images), self.eps / (high - low), self.norm)
 
     def _descend(self, z: Tensor, steps: int, objective: Any) -> list[Tensor]:
         """The latents after every step."""
-        z = z.detach().clone().requires_grad_()
+        z = z.detach().clone().to(self.projection.model.device).requires_grad_()
         optimizer, path = torch.optim.Adam([z], self.learning_rate), [z.detach().clone()]
         for _ in range(steps):
             with torch.enable_grad():
@@ -196,10 +195,6 @@ class LatentAttack(EvasionAttack):
             return differentiable_logits(self.estimator, (unit * (high - low) + low).float())
         finally:
             purifier._apply_predict = True
-
-    def _scale(self) -> float:
-        low, high = scalar_clip_values(self.estimator)
-        return high - low
 
     def _check_params(self) -> None:
         scalar_clip_values(self.estimator)

@@ -92,7 +92,7 @@ class Square(EvasionAttack):
             self.estimator, labels_of(self.estimator, x, y, self.batch_size), self.seed, self.batch_size
         )
         draws = self.draws or (DRAWS if evaluator.random else 1)
-        clean = torch.from_numpy((x - evaluator.low) / (evaluator.high - evaluator.low)).to(evaluator.y.device)
+        clean = evaluator.to_unit(x)
         with torch.no_grad():
             best, self.fallen_at = self._search(evaluator, clean, draws) if len(x) else (clean, np.zeros(0, int))
             everyone = torch.arange(len(x), device=best.device)
@@ -100,12 +100,11 @@ class Square(EvasionAttack):
         self.success_rate = rate.cpu().numpy()
         self.success = self.success_rate > 0.5
         self.queries = evaluator.queries.cpu().numpy()
-        attacked = best.cpu().numpy() * (evaluator.high - evaluator.low) + evaluator.low
-        return np.clip(attacked, evaluator.low, evaluator.high).astype(x.dtype)
+        return evaluator.from_unit(best, x)
 
     def _search(self, evaluator: Evaluator, clean: Tensor, draws: int) -> tuple[Tensor, np.ndarray]:
         """The images with the largest margin found, in [0, 1], and the steps after which they fell."""
-        best, eps = clean.clone(), self.eps / (evaluator.high - evaluator.low)
+        best, eps = clean.clone(), self.eps / evaluator.scale
         found = evaluator(clean, torch.arange(len(clean), device=clean.device), draws)
         margin, fallen_at = found.margin, torch.where(found.rate == 1, 0, -1)
         rngs = [np.random.default_rng([evaluator.seed, i]) for i in range(len(clean))]

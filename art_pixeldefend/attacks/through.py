@@ -117,6 +117,33 @@ class Evaluation:
         return Evaluation(self.logits[chosen], self.loss[chosen], self.margin[chosen], self.rate[chosen], gradient)
 
 
+class Best:
+    """The best of each of N images that were evaluated so far.
+
+    Args:
+        x: the images (N, ...) to begin with, in [0, 1], which count as not evaluated.
+
+    Attributes:
+        images: (N, ...).
+        rate, margin: (N,), shares of successes and mean margins.
+        fallen_at: (N,), the number of steps after which an image first succeeded in most draws, -1 for never.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.images, self.rate = x.clone(), torch.zeros(len(x), device=x.device)
+        self.margin = torch.full_like(self.rate, -torch.inf)
+        self.fallen_at = torch.full((len(x),), -1, device=x.device)
+
+    def keep(self, points: Tensor, index: Tensor, found: Evaluation, steps: int) -> None:
+        """Keep images (M, ...) at places ``index`` that succeed more often, or as often with a larger margin."""
+        rate, margin = self.rate[index], self.margin[index]
+        better = (found.rate > rate) | ((found.rate == rate) & (found.margin > margin))
+        chosen = index[better]
+        self.images[chosen], self.rate[chosen] = points[better], found.rate[better]
+        self.margin[chosen] = found.margin[better]
+        self.fallen_at[index[(found.rate > 0.5) & (self.fallen_at[index] < 0)]] = steps
+
+
 class Evaluator:
     """Classifies images of one call of an attack, and counts.
 
@@ -131,6 +158,7 @@ class Evaluator:
     Attributes:
         purifiers: the estimator's.
         random: whether any of them draws numbers that are not the same at every call.
+        low, high, scale: the clip values and their difference.
         queries: (N,), images, times draws, that were classified.
         gradients, zeros, nonfinite: number of gradients, and of those that were zero, or not finite somewhere.
     """
@@ -147,6 +175,7 @@ class Evaluator:
         self.estimator, self.y, self.batch_size, self.loss, self.criterion = estimator, y, batch_size, loss, criterion
         self.seed = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
         self.low, self.high = scalar_clip_values(estimator)
+        self.scale = self.high - self.low
         self.purifiers = purifiers_of(estimator)
         self.random = is_random(estimator)
         self.queries = torch.zeros_like(y)
@@ -189,6 +218,17 @@ class Evaluator:
             found.gradient = found.gradient.nan_to_num(0.0, 0.0, 0.0)
         return found
 
+    def to_unit(self, x: np.ndarray) -> Tensor:
+        """Images of the estimator's range in [0, 1], float32, on its device."""
+        return torch.from_numpy((x - self.low) / self.scale).to(self.y.device, torch.float32)
+
+    def from_unit(self, unit: Tensor, given: np.ndarray) -> np.ndarray:
+        """Images in the estimator's range; where ``unit`` is still ``to_unit(given)``, exactly ``given``."""
+        attacked = (unit.cpu().numpy() * self.scale + self.low).astype(given.dtype)
+        unchanged = (unit == self.to_unit(given)).flatten(1).all(1).cpu().numpy()
+        attacked[unchanged] = given[unchanged]
+        return np.clip(attacked, self.low, self.high)
+
     def _batch(
         self, points: Tensor, index: Tensor, targets: Tensor | None, draws: int, seed: int, gradient: bool, noise: float
     ) -> tuple[Tensor, ...]:
@@ -205,7 +245,7 @@ class Evaluator:
                 positions = [draws * i + draw for i in index.tolist() for draw in range(draws)]
                 random = BatchGenerator(seed, positions, points.device, points.dtype).uniform(points.shape[1:])
                 copies = copies + ((copies + noise * (2 * random - 1)).clamp(0, 1) - copies).detach()
-            images = copies * (self.high - self.low) + self.low
+            images = copies * self.scale + self.low
             logits = differentiable_logits(self.estimator, images)
             if callable(self.loss):
                 loss = self.loss(logits, y, images)

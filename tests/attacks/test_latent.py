@@ -79,6 +79,17 @@ def test_facts_agree_with_predictions_and_images_stay_in_the_range():
     assert estimator.preprocessing_defences[0].apply_predict
 
 
+def test_latents_are_fitted_once_and_judged_as_often_as_asked(monkeypatch):
+    estimator = classifier(projection(Plane()), nn.Sequential(nn.Flatten(), nn.Linear(16, 2)))
+    x = np.random.default_rng(0).random((3, *SHAPE), np.float32)
+    attack = LatentAttack(estimator, eps=0.0, steps=7, checks=4, weights=(1.0, 0.1), batch_size=2, seed=0)
+    fitted, closest = [], attack._closest
+    monkeypatch.setattr(attack, "_closest", lambda x: fitted.append(len(x)) or closest(x))
+    attack.generate(x, estimator.predict(x).argmax(1))
+    assert not attack.success.any() and sum(fitted) == 3
+    assert attack.queries.tolist() == [1 + 2 * 4] * 3
+
+
 def test_only_a_single_manifold_projection_is_attacked():
     net = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
     bare = PyTorchClassifier(net, nn.CrossEntropyLoss(), SHAPE, 2, clip_values=(0, 1), device_type="cpu")
