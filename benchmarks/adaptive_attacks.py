@@ -28,7 +28,7 @@ from art_pixeldefend import PixelDefend, PurifiedModel, classifiers, datasets
 from art_pixeldefend.attacks import AdaptivePGD, Surrogate, auto_attack, fit_surrogate
 from art_pixeldefend.evaluation import runner
 from art_pixeldefend.evaluation.store import Store
-from art_pixeldefend.evaluation.table import wilson
+from art_pixeldefend.evaluation.table import markdown_table, wilson
 from art_pixeldefend.files import write_atomically
 from art_pixeldefend.levels import from_levels, to_levels
 from art_pixeldefend.purifiers import Purifier
@@ -239,27 +239,23 @@ class Measurement:
 
 def table(cells: list[dict[str, Any]]) -> str:
     """The cells as Markdown."""
-    lines = [
-        "| classifier | defence | test images | clean | radius | worst case (95% interval) | CPU seconds |",
-        "| --- | --- | --- | --: | --: | --: | --: |",
-    ]
-    for cell in cells:
-        seconds = sum(row["cpu_seconds"] for row in cell["attacks"])
-        lines.append(
-            f"| {cell['classifier']} | {cell['defence']} | {cell['first']} to {cell['first'] + cell['images'] - 1} "
-            f"| {cell['clean']:.1f} | {cell['eps']} | **{cell['worst_case']:.1f}** "
-            f"({cell['interval'][0]} to {cell['interval'][1]}) | {seconds:.0f} |"
-        )
-    return "\n".join(lines) + "\n"
+    head = ["classifier", "defence", "test images", "clean", "radius", "worst case (95% interval)", "CPU seconds"]
+    rows = [
+        [
+            cell["classifier"], cell["defence"], f"{cell['first']} to {cell['first'] + cell['images'] - 1}",
+            f"{cell['clean']:.1f}", cell["eps"],
+            f"**{cell['worst_case']:.1f}** ({cell['interval'][0]} to {cell['interval'][1]})",
+            f"{sum(row['cpu_seconds'] for row in cell['attacks']):.0f}",
+        ]
+        for cell in cells
+    ]  # fmt: skip
+    return markdown_table(head, rows, left=3)
 
 
 def paired(cells: list[dict[str, Any]]) -> str:
     """Defences against the classifier alone, on the same images, as Markdown."""
     alone = {(c["classifier"], c["eps"], c["first"]): np.array(c["right"]) for c in cells if c["defence"] == "none"}
-    lines = [
-        "| defence | radius | difference | withstand only with it | only without it | p (exact McNemar) |",
-        "| --- | --: | --: | --: | --: | --: |",
-    ]
+    rows = []
     for cell in cells:
         without = alone.get((cell["classifier"], cell["eps"], cell["first"]))
         if cell["defence"] == "none" or without is None:
@@ -267,11 +263,10 @@ def paired(cells: list[dict[str, Any]]) -> str:
         with_it = np.array(cell["right"])
         more, fewer = int((with_it > without).sum()), int((with_it < without).sum())
         p = binomtest(more, more + fewer).pvalue if more + fewer else 1.0
-        lines.append(
-            f"| {cell['classifier']} + {cell['defence']} | {cell['eps']} | {100 * (with_it - without).mean():+.1f} "
-            f"| {more} | {fewer} | {p:.3f} |"
-        )
-    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+        difference = f"{100 * (with_it - without).mean():+.1f}"
+        rows.append([f"{cell['classifier']} + {cell['defence']}", cell["eps"], difference, more, fewer, f"{p:.3f}"])
+    head = ["defence", "radius", "difference", "withstand only with it", "only without it", "p (exact McNemar)"]
+    return markdown_table(head, rows, left=1) if rows else ""
 
 
 def main(

@@ -40,7 +40,7 @@ from art_pixeldefend.attacks import auto_attack, make_attack
 from art_pixeldefend.evaluation import evaluate_robustness, runner
 from art_pixeldefend.evaluation.protocol import Ball, Subject, plan
 from art_pixeldefend.evaluation.store import Store
-from art_pixeldefend.evaluation.table import wilson
+from art_pixeldefend.evaluation.table import markdown_table, wilson
 from art_pixeldefend.files import write_atomically
 from art_pixeldefend.levels import UNIT
 
@@ -161,11 +161,9 @@ def percent(value: float) -> float:
 
 def table(rows: list[dict[str, Any]], eps: int) -> str:
     """The rows of a radius as Markdown."""
-    lines = [
-        "| classifier | defence | images | clean | blind | transfer | BPDA | exact or implicit | Square | "
-        "**worst case** | 95% interval | images/s |",
-        "| --- | --- | --: | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
-    ]
+    head = ["classifier", "defence", "images", "clean", "blind", "transfer", "BPDA", "exact or implicit", "Square"]
+    head += ["**worst case**", "95% interval", "images/s"]
+    lines = []
     for row in rows:
         if row["eps"] != eps:
             continue
@@ -179,8 +177,8 @@ def table(rows: list[dict[str, Any]], eps: int) -> str:
         rate = row["purified_per_cpu_second"]
         cells = [kind, row["defence"], images, *cells, f"**{accuracy['worst case']:.1f}**"]
         cells += [f"{low_high[0]:.1f} to {low_high[1]:.1f}", "" if rate is None else f"{rate:.0f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return markdown_table(head, lines, left=2)
 
 
 def no_better_than_training(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:

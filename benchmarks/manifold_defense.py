@@ -25,7 +25,7 @@ from art_pixeldefend import ManifoldProjection, classifiers
 from art_pixeldefend.attacks import OverpoweredAttack, Pairs, make_attack
 from art_pixeldefend.evaluation import runner
 from art_pixeldefend.evaluation.store import Store
-from art_pixeldefend.evaluation.table import wilson
+from art_pixeldefend.evaluation.table import markdown_table, wilson
 from art_pixeldefend.files import write_atomically
 from art_pixeldefend.models.generator import VAE
 from art_pixeldefend.models.zoo import as_model
@@ -223,10 +223,10 @@ The ResNet of the paper; the tuned one was trained further on images denoised by
 
 ## Projection, {rows[0]["images"]:,} images, BIM sees the classifier alone
 
-{markdown(["classifier", "projection", *accuracies, "images per CPU second"], projections)}
+{markdown_table(["classifier", "projection", *accuracies, "images per CPU second"], projections)}
 ## 50 steps from the encoder, {SEEN} images, BIM sees the defence, too: upper bounds
 
-{markdown(["classifier", "gradient", *accuracies], seen_by_attack)}
+{markdown_table(["classifier", "gradient", *accuracies], seen_by_attack)}
 ## Overpowered attack, {PAIRS} pairs within an L2 distance of {ATTACK["eta"]}, {ATTACK["max_iter"]} steps
 
 Valid pairs have different labels, confident ones with a probability of at least {SURE} each. The divergence of pairs
@@ -234,13 +234,7 @@ that are not valid counts as 0. Accuracy is that on clean images. Every classifi
 at the boundary between them, and one whose accuracy is lost has few confident ones: compare both. Training on pairs
 took {seconds} CPU seconds. The classifiers trained on PGD are the bundled ones.
 
-{markdown(["classifier", "pairs begin at", "valid", "confident", "divergence (nats)", "accuracy"], found)}"""
-
-
-def markdown(head: list[str], rows: list[list[Any]]) -> str:
-    """A table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+{markdown_table(["classifier", "pairs begin at", "valid", "confident", "divergence (nats)", "accuracy"], found)}"""
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from art_pixeldefend.evaluation.paper.likelihoods import density_model as densit
 from art_pixeldefend.evaluation.paper.reproduce import table_and_figures
 from art_pixeldefend.evaluation.stages import Stages
 from art_pixeldefend.evaluation.store import Store
-from art_pixeldefend.evaluation.table import title
+from art_pixeldefend.evaluation.table import markdown_table, title
 from art_pixeldefend.files import write_atomically
 from art_pixeldefend.models import zoo
 from art_pixeldefend.models.zoo import as_model
@@ -220,13 +220,11 @@ def density_model(facts: dict[str, Any], papers: float) -> str:
 
 def classifiers_table(facts: dict[str, Any]) -> str:
     """A table of each classifier's training steps and clean accuracy on all test images."""
-    lines = [
-        f"| classifier, training | steps | accuracy on all {facts['test_images']:,} test images |",
-        "|---|---|---|",
-    ]
-    lines += [
-        f"| {name} | {made['training']['recipe']['steps']:,} | {made['accuracy_percent']:.2f} |"
+    head = ["classifier, training", "steps", f"accuracy on all {facts['test_images']:,} test images"]
+    rows = [
+        [name, f"{made['training']['recipe']['steps']:,}", f"{made['accuracy_percent']:.2f}"]
         for name, made in facts["classifiers"].items()
     ]
     chosen = ", ".join(f"{name} {value:.3f}" for name, value in facts["thresholds_bits_per_dim"].items())
-    return "\n".join(lines) + (f"\n\nThresholds chosen, in bits per dimension: {chosen}.\n\n" if chosen else "\n\n")
+    chosen = f"Thresholds chosen, in bits per dimension: {chosen}.\n\n" if chosen else ""
+    return f"{markdown_table(head, rows)}\n{chosen}"

@@ -27,7 +27,7 @@ from art_pixeldefend import PixelDefend, ScorePurifier, classifiers, datasets
 from art_pixeldefend.attacks import make_attack
 from art_pixeldefend.evaluation import runner
 from art_pixeldefend.evaluation.store import Store
-from art_pixeldefend.evaluation.table import wilson
+from art_pixeldefend.evaluation.table import markdown_table, wilson
 from art_pixeldefend.files import write_atomically
 from art_pixeldefend.models.score import ScoreModel
 from art_pixeldefend.models.zoo import as_model
@@ -195,18 +195,15 @@ def speed(model: ScoreModel, x: np.ndarray) -> dict[str, float]:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown: accuracies of averaged logits, and of one draw where there are several."""
     columns = ["clean", *(f"BIM {eps}" for eps in RADII)]
-    lines = [
-        f"| classifier | defence | images | draws | {' | '.join(columns)} |",
-        "| --- | --- | --: | --: | --: | --: | --: |",
-    ]
+    lines = []
     for row in rows:
         cells = [
             f"{row['accuracy'][name]:.1f}" + (f" ({row['one_draw'][name]:.1f})" if row["runs"] > 1 else "")
             for name in columns
         ]
         kind = ("tuned, images transferred" if row.get("transferred") else "tuned") if row["tuned"] else "as it is"
-        lines.append(f"| {kind} | {row['name']} | {row['images']:,} | {row['runs']} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([kind, row["name"], f"{row['images']:,}", row["runs"], *cells])
+    return markdown_table(["classifier", "defence", "images", "draws", *columns], lines, left=2)
 
 
 def main(

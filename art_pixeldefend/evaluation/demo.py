@@ -24,7 +24,7 @@ from art_pixeldefend.datasets import Dataset, Split
 from art_pixeldefend.detectors import PixelDefendDetector
 from art_pixeldefend.evaluation import figures, page
 from art_pixeldefend.evaluation.preprocessors import Sequential
-from art_pixeldefend.evaluation.table import wilson
+from art_pixeldefend.evaluation.table import markdown_table, wilson
 from art_pixeldefend.files import write_atomically
 from art_pixeldefend.levels import from_levels, to_levels
 from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
@@ -304,11 +304,8 @@ def detection_table(setting: Setting, results: Mapping[str, Any]) -> tuple[list[
 
 def markdown(setting: Setting, results: Mapping[str, Any]) -> str:
     """Return both tables as Markdown."""
-    texts = []
-    for header, rows in (accuracy_table(setting, results), detection_table(setting, results)):
-        lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
-        texts.append("\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n")
-    return "\n".join(texts)
+    tables = accuracy_table(setting, results), detection_table(setting, results)
+    return "\n".join(markdown_table(*table, left=1) for table in tables)
 
 
 def report(

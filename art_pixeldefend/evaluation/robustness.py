@@ -28,6 +28,7 @@ from art_pixeldefend.evaluation.preprocessors import description
 from art_pixeldefend.evaluation.protocol import BUDGETS, Ball, Planned, Subject, derived_seed, plan
 from art_pixeldefend.evaluation.smoothing import fingerprint, hashed
 from art_pixeldefend.evaluation.store import Store
+from art_pixeldefend.evaluation.table import markdown_table
 from art_pixeldefend.evaluation.threat import Threat
 from art_pixeldefend.files import write_atomically
 from art_pixeldefend.models.base import evaluation_mode
@@ -206,7 +207,7 @@ class Evaluation:
         columns = ["", "attack", "accuracy", "95% interval"]
         columns += [f"worst of {self.draws}", "vote"] if several else []
         columns += ["queries", "seconds"]
-        lines = [f"| {' | '.join(columns)} |", f"| --- | --- {'| --: ' * (len(columns) - 2)}|"]
+        rows = []
         for name in names:
             result = self.results.get(name)
             low, high = self.interval(name)
@@ -217,8 +218,8 @@ class Evaluation:
             queries = result.facts.get("queries") if result is not None else None
             seconds = sum(r.seconds for r in self.results.values()) if result is None else result.seconds
             cells += ["" if queries is None else f"{queries:.0f}", f"{seconds:.0f}"]
-            lines.append(f"| {' | '.join(cells)} |")
-        return "\n".join(lines)
+            rows.append(cells)
+        return markdown_table(columns, rows, left=2)
 
     def __str__(self) -> str:
         s = self.settings
@@ -227,7 +228,7 @@ class Evaluation:
             f"{len(self.y)} images, budget {s['budget']}, seed {s['seed']}"
         )
         alarms = [str(finding) for finding in self.diagnostics]
-        return "\n".join([head, "", self.table(), "", *alarms])
+        return "\n".join([head, "", self.table(), *alarms])
 
 
 def evaluate_robustness(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from art_pixeldefend.evaluation.preprocessors import description
+from art_pixeldefend.evaluation.table import markdown_table
 from art_pixeldefend.files import check_file, write_atomically
 from art_pixeldefend.levels import as_tensor
 from art_pixeldefend.models.base import evaluation_mode
@@ -292,14 +293,11 @@ def certified_table(
         y: class numbers.
         radii: L2 radii in the units of the images. Those beyond a classifier's ``largest_radius`` are marked.
     """
-    lines = [
-        f"| | {' | '.join(f'{radius:g}' for radius in radii)} | abstained |",
-        f"| --- {'| --: ' * (len(radii) + 1)}|",
-    ]
+    rows = []
     for name, found in certificates.items():
         cells = [
             f"{100 * found.accuracy(y, radius):.1f}" if radius <= found.largest_radius else "out of reach"
             for radius in radii
         ]
-        lines.append(f"| {name} | {' | '.join(cells)} | {100 * (found.predictions == ABSTAIN).mean():.1f} |")
-    return "\n".join(lines) + "\n"
+        rows.append([name, *cells, f"{100 * (found.predictions == ABSTAIN).mean():.1f}"])
+    return markdown_table(["", *(f"{radius:g}" for radius in radii), "abstained"], rows, left=1)

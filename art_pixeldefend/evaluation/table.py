@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,25 @@ def wilson(correct: int, count: int) -> tuple[float, float]:
         return 0.0, 1.0
     interval = binomtest(correct, count).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[Any]], left: int | None = None) -> str:
+    """Rows as a Markdown table.
+
+    Args:
+        head: titles of the columns.
+        rows: cells of each row.
+        left: how many columns are text, aligned left, before those of numbers, aligned right; by default all.
+
+    Example:
+        >>> print(markdown_table(["defence", "accuracy"], [["none", 7]], left=1), end="")
+        | defence | accuracy |
+        | --- | --: |
+        | none | 7 |
+    """
+    left = len(head) if left is None else left
+    lines = [head, ["---"] * left + ["--:"] * (len(head) - left), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
 def entries(grid: Grid, results: Results) -> list[dict[str, Any]]:
@@ -91,23 +110,16 @@ def markdown(grid: Grid, results: Results) -> str:
     """Return the table as Markdown, one part per radius, with the paper's numbers where there are any."""
     records = entries(grid, results)
     names = [CLEAN, *(a for a in ATTACKS if any(record["column"] == a for record in records)), STRONGEST, WORST_CASE]
-    lines = []
+    titles = [ATTACKS[name].title if name in ATTACKS else name for name in names]
+    head, lines = ["classifier, training, defence", "threat", *titles], []
     for eps in (eps for eps in grid.eps if any(eps in grid.eps_of(row) for row in grid.rows)):
-        lines += [f"## Attacks within {eps} levels", "", _header(names), "|---|---|" + "---|" * len(names)]
+        rows = []
         for row in (row for row in grid.rows if eps in grid.eps_of(row)):
             of_row = {r["column"]: r for r in records if r["eps"] == eps and _is_of(grid, row, r)}
-            lines.append(
-                f"| {title(row)}, {row.defence} | {row.threat.name} | "
-                + " | ".join(_shown(of_row.get(name)) for name in names)
-                + " |"
-            )
-        lines.append("")
+            cells = [_shown(of_row.get(name)) for name in names]
+            rows.append([f"{title(row)}, {row.defence}", row.threat.name, *cells])
+        lines += [f"## Attacks within {eps} levels", "", markdown_table(head, rows)]
     return "\n".join(lines + _notes(grid, results)) + "\n"
-
-
-def _header(names: list[str]) -> str:
-    titles = [ATTACKS[name].title if name in ATTACKS else name for name in names]
-    return "| classifier, training, defence | threat | " + " | ".join(titles) + " |"
 
 
 def title(row: Row) -> str:

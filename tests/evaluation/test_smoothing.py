@@ -314,7 +314,7 @@ def test_the_table_has_certified_accuracies_by_radius():
     found = Certificates(np.array([0, 0, 1, 0]), np.array([1000, 900, 1000, 500]), 1000, SIGMA, 0.001)
     assert found.radii_of(y).round(2).tolist() == [0.62, 0.28, -np.inf, -np.inf]
     table = certified_table({"linear": found}, y, (0.0, 0.5, 0.75))
-    assert table.splitlines()[0] == "| | 0 | 0.5 | 0.75 | abstained |"
+    assert table.splitlines()[0] == "|  | 0 | 0.5 | 0.75 | abstained |"
     assert table.splitlines()[-1] == "| linear | 50.0 | 25.0 | out of reach | 25.0 |"
 
 
