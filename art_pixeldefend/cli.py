@@ -361,9 +361,9 @@ def detect(
     import numpy as np
 
     from art_pixeldefend import datasets
-    from art_pixeldefend.detectors.conformal import q_values_of
+    from art_pixeldefend.detectors.conformal import flagged_by_rate
     from art_pixeldefend.files import check_file, write_csv
-    from art_pixeldefend.validation import check_number
+    from art_pixeldefend.validation import check_rate
 
     check_file(out, overwrite=overwrite)
     if likelihoods and not likelihoods.exists():
@@ -374,16 +374,15 @@ def detect(
         raise ValueError("--calibration must name images that the model was not trained on")
     if training and score:
         raise ValueError("--training must not be given with --score: use --calibration")
-    if fdr is not None and not check_number("--fdr", fdr, high=1.0):
-        raise ValueError("--fdr must be above 0, got 0")
+    if fdr is not None:
+        check_rate("--fdr", fdr)
     detector = _detector(model, score, combine, alpha, device, batch_size=batch_size, verbose=verbose)
     found = datasets.open_stream(images, *detector.models(), data_dir=data_dir)
     if likelihoods and likelihoods.exists():
         detector.load(likelihoods)
-        kept = getattr(detector, "reference", "calibration")
         for reference, source in (("calibration", calibration), ("training", training)):
-            if source and reference != kept:
-                raise ValueError(f"--likelihoods {likelihoods} holds those of {kept} images")
+            if source and reference != detector.reference:
+                raise ValueError(f"--likelihoods {likelihoods} holds those of {detector.reference} images")
             if source:
                 typer.echo(f"--{reference} {source} is not read: {likelihoods} holds the likelihoods", err=True)
     elif calibration:
@@ -408,16 +407,17 @@ def detect(
             columns[name] += report["scores"][:, k].tolist()
             columns[f"p_value of {name}"] += report["score_p_values"][:, k].tolist()
     if fdr is not None:
-        q_values = q_values_of(np.array(columns["p_value"]), "by" if len(score or ()) > 1 else "bh")
-        undefined = np.isnan([columns[name] for name in score or ["bits_per_dim"]]).any(axis=0)
-        columns["adversarial"] = ((q_values <= fdr) | undefined).astype(int).tolist()
+        scores = np.transpose([columns[name] for name in score or ["bits_per_dim"]])
+        method = "by" if len(score or ()) > 1 else "bh"
+        q_values, flagged = flagged_by_rate(np.array(columns["p_value"]), scores, fdr, method)
+        columns["adversarial"] = flagged.astype(int).tolist()
         columns["q_value"] = q_values.tolist()
     write_csv(out, columns)
     assert detector.calibration_scores is not None
     level = f"level {alpha:g}" if fdr is None else f"a false discovery rate of {fdr:g}"
     _summarise(
         f"{sum(columns['adversarial'])} of {len(found.names)} images are adversarial at {level}, compared with "
-        f"{len(detector.calibration_scores)} {getattr(detector, 'reference', 'calibration')} images; see {out}",
+        f"{len(detector.calibration_scores)} {detector.reference} images; see {out}",
         out,
     )
 

@@ -61,6 +61,18 @@ def check_probability(name: str, value: Any) -> float:
     return number
 
 
+def check_rate(name: str, value: Any) -> float:
+    """``value`` as a float in (0, 1], the error rate of a test.
+
+    Raises:
+        ValueError: naming the argument ``name``.
+    """
+    rate = check_number(name, value, high=1.0)
+    if not rate:
+        raise ValueError(f"{name} must be above 0, or no image is ever flagged, got 0")
+    return rate
+
+
 def check_bool(name: str, value: Any) -> bool:
     """``value``, True or False.
 

@@ -30,7 +30,6 @@ from art_pixeldefend.files import write_atomically
 from art_pixeldefend.models.generator import VAE
 from art_pixeldefend.models.zoo import as_model
 
-NAMES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 PROJECTIONS: dict[str, dict[str, Any]] = {
     "encoded and decoded": {"steps": 1, "learning_rate": 0.0},
     "30 steps from the encoder": {"steps": 30},
@@ -137,7 +136,7 @@ def overpowered(subjects: Manifold, name: str, start: str, count: int, picture: 
     classifier = subjects.attacked(name)
     pairs = pairs_of(subjects, classifier, start)
     if start == "images" and not ATTACKED[name]:
-        pairs.draw(picture, NAMES)
+        pairs.draw(picture, subjects.data.classes)
     x, y = subjects.data.x_test[:count].astype(np.float32) / 255, subjects.data.y_test[:count]
     sure = pairs.valid & (pairs.confidence.min(1) >= SURE)
     return {

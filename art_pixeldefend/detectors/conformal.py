@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -198,6 +199,22 @@ def q_values_of(p_values: np.ndarray, method: str) -> np.ndarray:
     return np.minimum(q_values * clean, 1.0)
 
 
+def flagged_by_rate(p_values: np.ndarray, scores: np.ndarray, q: float, method: str) -> tuple[np.ndarray, np.ndarray]:
+    """Flag images of a batch at the false discovery rate ``q``, and those with a score of NaN.
+
+    Args:
+        p_values: of the images (M,).
+        scores: of the images (M, K).
+        q: the false discovery rate.
+        method: as for :func:`q_values_of`.
+
+    Returns:
+        q-values (M,), and whether an image is flagged (M,).
+    """
+    q_values = q_values_of(p_values, method)
+    return q_values, (q_values <= q) | np.isnan(scores).any(axis=1)
+
+
 def joint_p_values(
     scores: np.ndarray, calibration: np.ndarray, two_sided: Sequence[bool], ties: np.ndarray | None
 ) -> np.ndarray:
@@ -242,31 +259,27 @@ def joint_p_values(
     return p_values
 
 
-def least_calibration_images(alpha: float, least_p_value: Callable[[int], float] | None = None) -> int:
+def least_calibration_images(alpha: float, least_p_value: Callable[[int], float]) -> int:
     """The least number N of calibration images for which a p-value can reach ``alpha`` > 0.
 
     Args:
         alpha: significance level.
-        least_p_value: the least possible p-value as a decreasing function of N; by default 1 / (N + 1).
+        least_p_value: the least possible p-value as a decreasing function of N.
 
     Raises:
         ValueError: naming ``alpha``, if no number of images is enough.
 
     Example:
-        >>> least_calibration_images(0.05)
+        >>> least_calibration_images(0.05, lambda count: 1 / (count + 1))
         19
     """
 
     def enough(count: int) -> bool:
-        return (1 / (count + 1) if least_p_value is None else least_p_value(count)) <= alpha
+        return least_p_value(count) <= alpha
 
     high = 1
     while not enough(high):
         high *= 2
         if high > MOST_IMAGES:
             raise ValueError(f"alpha must be larger, no number of calibration images is enough for {alpha:g}")
-    low = high // 2  # not enough
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
+    return bisect_left(range(high), True, lo=high // 2 + 1, key=enough)

@@ -26,9 +26,9 @@ from art_pixeldefend.detectors.conformal import (
     combine_p_values,
     conditional_p_values,
     conformal_p_values,
+    flagged_by_rate,
     joint_p_values,
     least_calibration_images,
-    q_values_of,
 )
 from art_pixeldefend.detectors.relaxation import JointLogPValues, LogPValues, combine_logs
 from art_pixeldefend.detectors.scores import Score
@@ -42,6 +42,7 @@ from art_pixeldefend.validation import (
     check_choice,
     check_count,
     check_number,
+    check_rate,
     check_seed,
 )
 
@@ -87,6 +88,7 @@ class ConformalDetector(EvasionDetector):
 
     Attributes:
         calibration_scores: scores (N, K) of the calibration images; None before :meth:`fit`.
+        reference: what these images are.
 
     Raises:
         ValueError: naming the argument that is not as described.
@@ -110,6 +112,7 @@ class ConformalDetector(EvasionDetector):
         "batch_size", "verbose", "seed",
     ]  # fmt: skip
     calibration_scores: np.ndarray | None
+    reference: str | None = "calibration"
 
     def __init__(
         self,
@@ -276,13 +279,11 @@ class ConformalDetector(EvasionDetector):
         Raises:
             ValueError: naming ``q`` or ``method``, or as :meth:`detect`.
         """
-        q = check_number("q", q, high=1.0)
-        if not q:
-            raise ValueError("q must be above 0, or no image is ever flagged, got 0")
+        q = check_rate("q", q)
         check_choice("method", method, RATES)
         report = self._report(x, batch_size)
-        q_values = q_values_of(report["p_values"], method)
-        return self._shown(report) | {"q_values": q_values, "q": q}, (q_values <= q) | _any_nan(report["scores"])
+        q_values, flagged = flagged_by_rate(report["p_values"], report["scores"], q, method)
+        return self._shown(report) | {"q_values": q_values, "q": q}, flagged
 
     # Gradients, for attacks that include the detector
 
@@ -619,9 +620,7 @@ class ConformalDetector(EvasionDetector):
         self.clip_values = check_clip_values(self.clip_values)
         self.batch_size = check_count("batch_size", self.batch_size)
         self.seed = check_seed("seed", self.seed)
-        self.alpha = check_number("alpha", self.alpha, high=1.0)
-        if not self.alpha:
-            raise ValueError("alpha must be above 0, or no image is ever flagged, got 0")
+        self.alpha = check_rate("alpha", self.alpha)
         if self.calibration_scores is None:
             return
         count = len(self.calibration_scores)

@@ -86,7 +86,7 @@ class PixelDefendDetector(ConformalDetector):
     ) -> None:
         self.pixel_cnn: PixelCNNpp = pixel_cnn  # type: ignore[assignment]  # _check_params loads it
         self.log_likelihoods: np.ndarray | None = None
-        self.reference: str | None = None
+        self.reference = None
         super().__init__(
             (), alpha=alpha, ties="conservative", round_to_levels=True,
             clip_values=clip_values, batch_size=batch_size, verbose=verbose,

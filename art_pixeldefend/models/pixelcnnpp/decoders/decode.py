@@ -137,7 +137,6 @@ def greedy_decode(pixel_cnn, x, eps, method="auto", *, batch_size=BATCH_SIZE, ve
         (2, 1, 8, 8)
     """
     check_pixel_cnn(pixel_cnn)
-    choose_engine(pixel_cnn, method)
     eps, batch_size = check_eps("eps", eps), check_count("batch_size", batch_size)
     levels = pixel_cnn.as_levels(x)
     decode = load_engine(pixel_cnn, method, verbose=verbose)
