@@ -28,19 +28,18 @@ def tiled(images: np.ndarray, columns: int) -> np.ndarray:
     return sheet
 
 
-def write_sheet(path: str | PathLike[str], images: np.ndarray, width: int = 400) -> None:
-    """Write images as a PNG file, arranged in a rough square that is enlarged to about ``width`` pixels.
+def write_sheet(path: str | PathLike[str], images: np.ndarray) -> None:
+    """Write images as a PNG file, arranged in a rough square that is enlarged to about 400 pixels.
 
     Args:
         path: the file.
         images: levels (N, C, H, W), C 1 or 3, uint8.
-        width: of the sheet, in pixels.
 
     Raises:
         OSError: if the file cannot be written.
     """
     sheet = tiled(images, max(1, math.ceil(math.sqrt(len(images)))))
-    scale = max(1, width // sheet.shape[2])
+    scale = max(1, 400 // sheet.shape[2])
     buffer = io.BytesIO()
     Image.fromarray(as_picture(sheet.repeat(scale, 1).repeat(scale, 2))).save(buffer, "PNG")
     write_atomically(path, buffer.getvalue())

@@ -12,7 +12,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,13 +19,12 @@ import numpy as np
 import torch
 import typer
 from art.estimators.classification import PyTorchClassifier
-from published import RESULTS, command
+from published import RESULTS, facts_of_run
 from scipy.stats import binomtest
 from torch import nn
 
 from art_pixeldefend import PixelDefend, PurifiedModel, classifiers, datasets
 from art_pixeldefend.attacks import AdaptivePGD, Surrogate, auto_attack, fit_surrogate
-from art_pixeldefend.evaluation import runner
 from art_pixeldefend.evaluation.store import Store
 from art_pixeldefend.evaluation.table import markdown_table, wilson
 from art_pixeldefend.files import write_atomically
@@ -287,10 +285,7 @@ def main(
         if found is not None:
             finished.append(found)
             print(table([found]).splitlines()[-1], flush=True)
-    facts = {
-        "command": command("adaptive_attacks.py"), "date": date.today().isoformat(), "hardware": runner.hardware(),
-        "versions": runner.versions(),
-    }  # fmt: skip
+    facts = facts_of_run("adaptive_attacks.py")
     lines = ",\n".join(json.dumps(cell) for cell in finished)
     write_atomically(
         results / "adaptive-attacks.json", f'{{"facts": {json.dumps(facts, indent=1)},\n"cells": [\n{lines}\n]}}\n'

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,11 +28,10 @@ from art.attacks.evasion import (
 )
 from art.defences.preprocessor.preprocessor import PreprocessorPyTorch
 from art.estimators.classification import PyTorchClassifier
-from published import command
+from published import facts_of_run
 from torch import nn
 
 from art_pixeldefend import datasets
-from art_pixeldefend.evaluation import runner
 from art_pixeldefend.files import write_atomically
 
 EPS = 1e-4
@@ -90,8 +88,7 @@ def main(
 ) -> None:
     """Count the images for each attack with ART's default settings where none are shown."""
     result = {
-        "command": command("attack_cost.py"), "date": date.today().isoformat(), "hardware": runner.hardware(),
-        "versions": dict(runner.versions()), "images": images, "purifications_per_image": measure(images),
+        **facts_of_run("attack_cost.py"), "images": images, "purifications_per_image": measure(images),
     }  # fmt: skip
     typer.echo(json.dumps(result, indent=1))
     if out:

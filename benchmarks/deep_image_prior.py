@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,11 +17,10 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from published import RESULTS, command
+from published import RESULTS, facts_of_run
 from score_purification import Row, Subjects, measure, table
 
 from art_pixeldefend import DeepImagePrior
-from art_pixeldefend.evaluation import runner
 from art_pixeldefend.files import write_atomically
 
 ERRORS = (0.004, 0.012)  # beside the default, at which fits stop
@@ -71,8 +69,7 @@ def main(
         rows.append(measure(row, subjects, images))
         print(table(rows[-1:]).splitlines()[-1], flush=True)
     facts = {
-        "command": command("deep_image_prior.py"), "date": date.today().isoformat(), "hardware": runner.hardware(),
-        "versions": runner.versions(), "threads": torch.get_num_threads(), "images": images,
+        **facts_of_run("deep_image_prior.py"), "threads": torch.get_num_threads(), "images": images,
         "defaults_chosen_on_the_first": CHOSEN_ON,
         "per_image": seconds_per_image(subjects.images(images)["clean"]),
     }  # fmt: skip

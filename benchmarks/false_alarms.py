@@ -10,17 +10,15 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
 from PIL import Image
-from published import DataDir, command
+from published import DataDir, facts_of_run
 
 from art_pixeldefend import PixelDefendDetector, datasets
-from art_pixeldefend.evaluation import runner
 from art_pixeldefend.files import write_atomically
 from art_pixeldefend.pictures import as_picture
 
@@ -78,8 +76,7 @@ def main(
             "median_p": float(np.median(report["p_values"])),
         }
     result = {
-        "command": command("false_alarms.py"), "date": date.today().isoformat(), "hardware": runner.hardware(),
-        "versions": dict(runner.versions()), "model": Path(model).name, "data": Path(data).name, "alpha": alpha,
+        **facts_of_run("false_alarms.py"), "model": Path(model).name, "data": Path(data).name, "alpha": alpha,
         "calibration_images": len(calibration), "images": len(x), "changes": found,
     }  # fmt: skip
     typer.echo(json.dumps(result, indent=1))

@@ -12,18 +12,16 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
-from published import RESULTS, command
+from published import RESULTS, facts_of_run
 from score_purification import Subjects
 
 from art_pixeldefend import ManifoldProjection, classifiers
 from art_pixeldefend.attacks import OverpoweredAttack, Pairs, make_attack
-from art_pixeldefend.evaluation import runner
 from art_pixeldefend.evaluation.store import Store
 from art_pixeldefend.evaluation.table import markdown_table, wilson
 from art_pixeldefend.files import write_atomically
@@ -184,8 +182,7 @@ def main(
         for case in ((name, start) for name in ATTACKED for start in ("prior", "images"))
     ]
     facts = {
-        "command": command("manifold_defense.py"), "date": date.today().isoformat(), "hardware": runner.hardware(),
-        "versions": runner.versions(), "model": subjects.vae.provenance, "attack": ATTACK, "sure": SURE,
+        **facts_of_run("manifold_defense.py"), "model": subjects.vae.provenance, "attack": ATTACK, "sure": SURE,
         "training": {**TRAINING, "max_iter": SEARCH["max_iter"], "steps": RECIPE.steps},
     }  # fmt: skip
     content = json.dumps({"facts": facts, "projections": rows, "through": through, "overpowered": attacks}, indent=1)

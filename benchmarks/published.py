@@ -19,7 +19,7 @@ import torch
 import typer
 
 from art_pixeldefend import PixelCNNpp, classifiers, datasets
-from art_pixeldefend.evaluation import table
+from art_pixeldefend.evaluation import runner, table
 from art_pixeldefend.evaluation.grid import Grid, Row, current_name
 from art_pixeldefend.evaluation.paper.grids import DENSITY_MODEL, GRIDS
 from art_pixeldefend.evaluation.paper.likelihoods import density_model as density_model_of
@@ -45,6 +45,14 @@ def command(script: str) -> str:
     """The command line of this run, with placeholders for paths."""
     launcher = f"torchrun --nproc-per-node {os.environ['WORLD_SIZE']}" if "RANK" in os.environ else "python"
     return f"{launcher} benchmarks/{script} {shlex.join(_shown(sys.argv[1:]))}".rstrip()
+
+
+def facts_of_run(script: str) -> dict[str, Any]:
+    """Command, date, hardware and versions of this run, for its results."""
+    return {
+        "command": command(script), "date": date.today().isoformat(), "hardware": runner.hardware(),
+        "versions": dict(runner.versions()),
+    }  # fmt: skip
 
 
 def _shown(arguments: Iterable[str]) -> Iterator[str]:

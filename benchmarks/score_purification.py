@@ -13,7 +13,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,11 +20,10 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from published import RESULTS, command
+from published import RESULTS, facts_of_run
 
 from art_pixeldefend import PixelDefend, ScorePurifier, classifiers, datasets
 from art_pixeldefend.attacks import make_attack
-from art_pixeldefend.evaluation import runner
 from art_pixeldefend.evaluation.store import Store
 from art_pixeldefend.evaluation.table import markdown_table, wilson
 from art_pixeldefend.files import write_atomically
@@ -231,8 +229,7 @@ def main(
         rows.append(result)
         print(table([result]).splitlines()[-1], flush=True)
     facts = {
-        "command": command("score_purification.py"), "date": date.today().isoformat(), "hardware": runner.hardware(),
-        "versions": runner.versions(), "images": images,
+        **facts_of_run("score_purification.py"), "images": images,
         "classifier_cpu_seconds": round(subjects.classifier().cpu_seconds, 1),
         "tuning_cpu_seconds": subjects.classifier(tuned=True).cpu_seconds,
         "one_pass_on_training_images": {
