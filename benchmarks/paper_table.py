@@ -42,6 +42,7 @@ PAPER = {  # title, number of the table, bits per dimension of the paper's densi
     "fashion-mnist": ("Fashion-MNIST", 1, 2.7),
     "cifar-10": ("CIFAR-10", 2, 3.0),
 }
+FIRST_LABELS = {"cifar-10": [3, 8, 8, 0, 6, 6, 1, 6, 3, 1]}  # of the test images in the official files
 Dataset = Annotated[str, typer.Argument(metavar="DATASET", help=" or ".join(PAPER))]
 
 
@@ -77,9 +78,16 @@ def head(facts: dict[str, Any], grid: Grid) -> str:
 Classifiers: the paper's ResNet-62 and VGG-16 by the recipe `{grid.recipe}`. Density model: {
         density_model(facts, bits)
     }.
-PixelDefend: eps {grid.defences["pixeldefend"][0][1]["eps"]}.{_left_out(grid)}
+PixelDefend: eps {grid.defences["pixeldefend"][0][1]["eps"]}.{_left_out(grid)}{_order(facts, grid)}
 
 """
+
+
+def _order(facts: dict[str, Any], grid: Grid) -> str:
+    """A remark if the first test images are not those of the official files."""
+    if FIRST_LABELS.get(grid.dataset, facts["first_labels"]) == facts["first_labels"]:
+        return ""
+    return " The test images are the official ones in another order: the first of them are a random sample."
 
 
 def _left_out(grid: Grid) -> str:

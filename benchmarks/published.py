@@ -199,6 +199,7 @@ def facts_of(stages: Stages) -> dict[str, Any]:
     x, y = stages.data.x_test.astype(np.float32) / 255, stages.data.y_test
     return {
         "test_images": len(y),
+        "first_labels": y[:10].tolist(),
         "classifiers": {
             title(row): {
                 "accuracy_percent": 100 * classifiers.accuracy(stages.classifier(row), x, y),

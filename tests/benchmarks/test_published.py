@@ -78,11 +78,13 @@ def test_a_partial_table_says_what_it_leaves_out(script):
     page, grid = script("paper_table"), GRIDS["cifar-10"]
     facts = {
         "date": "today", "hardware": "here", "density_model": "m", "density_model_provenance": {},
-        "density_model_configuration": {"filters": 4, "resnets": 1},
+        "density_model_configuration": {"filters": 4, "resnets": 1}, "first_labels": page.FIRST_LABELS["cifar-10"],
     }  # fmt: skip
     assert "Left out" not in page.head(facts, grid) and " rows." not in page.head(facts, grid)
     assert "Left out: resnet/adversarial-bim/none." in page.head(facts, grid.only("!adversarial-bim"))
     assert f" 1 of {len(grid.rows)} rows." in page.head(facts, grid.only("vgg/normal/none"))
+    assert "another order" not in page.head(facts, grid)
+    assert "another order" in page.head(facts | {"first_labels": [1, 5]}, grid)
 
 
 def test_a_density_model_that_is_not_there_is_refused_before_the_work_is_done(published, tmp_path):
