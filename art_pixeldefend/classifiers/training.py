@@ -91,7 +91,7 @@ RECIPES = {
     # From the reference code; the paper does not give a recipe.
     "paper": Recipe(80_000, milestones=(40_000, 60_000), nesterov=False, mixed_precision=False),
     "quick": Recipe(3_000, learning_rate=0.2, weight_decay=1e-4),
-    "cifar-10": Recipe(14_000, learning_rate=0.2, crops=4),
+    "cifar-10": Recipe(9_000, learning_rate=0.2, crops=4),
     # For the few small images of digits, which must not be mirrored.
     "digits": Recipe(400, batch_size=64, flips=False, mixed_precision=False),
 }
