@@ -1,4 +1,4 @@
-"""Robust accuracy of every purifier under attacks that know it, with a normal and an adversarially trained classifier.
+"""Robust accuracy of the purifiers under attacks that know them, with a normal and an adversarially trained classifier.
 
     OMP_NUM_THREADS=1 python benchmarks/adaptive_evaluation.py --work FOLDER
 
@@ -6,6 +6,8 @@ writes ``results/adaptive-evaluation.json`` and ``.md`` after every row. The fol
 a run that was stopped continues, and ``--only`` computes some rows with other numbers of images or another budget:
 
     OMP_NUM_THREADS=1 python benchmarks/adaptive_evaluation.py --work FOLDER --images 500 --budget standard --only none
+
+``--page-only`` computes nothing and writes the page of the published results again.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import numpy as np
 import torch
 import typer
 from art.defences.preprocessor import FeatureSqueezing, Preprocessor
-from published import RESULTS, DataDir, Work
+from published import RESULTS, DataDir, Work, page_only
 from torch import nn
 
 from art_pixeldefend import (
@@ -44,7 +46,7 @@ from art_pixeldefend.evaluation.table import markdown_table, wilson
 from art_pixeldefend.files import write_atomically
 from art_pixeldefend.levels import UNIT
 
-NORMAL, RADII = "fashion-mnist-resnet", (8, 25)
+NAME, NORMAL, RADII = "adaptive-evaluation", "fashion-mnist-resnet", (8, 25)
 SURROGATE_IMAGES = 1000  # of the training images
 VALIDATION = 200  # images that choose the thresholds of Adaptive PixelDefend
 
@@ -198,15 +200,22 @@ def head(facts: dict[str, Any]) -> str:
     return f"""# Fashion-MNIST: purifiers under attacks that know them
 
 `{facts["command"]}`, in calls with `--only` and `--images` for some rows, {facts["date"]}, {facts["hardware"]}.
-Accuracy in percent on the first test images, by `evaluate_robustness`; budget "quick" unless stated otherwise. Every
-accuracy is an **upper bound**: a stronger attack may find more. *blind*: the papers' way, BIM on the classifier without
-its defence, last iterates. *transfer*: AdaptivePGD on the same. *BPDA*: AdaptivePGD through the defence, whose gradient
-is taken for the identity (for no defence: its own gradient). *exact or implicit*: with that gradient, and *Square*,
-without any; both attack only images that some draw still classifies correctly.
-*worst case*: each image under the attack that is strongest on it, with Clopper-Pearson intervals. Of random defences an
-accuracy is that of a single draw, from 10 draws an image that the attacks do not know. *PGD-8*, *PGD-25*: classifiers
-trained on PGD within 8 and 25 levels.
-*images/s*: purified in a second of CPU time of one thread.{facts["missing"]}
+Accuracy in percent on the first test images, by `evaluate_robustness`; budget "quick" unless stated otherwise: one
+start, 20 steps of BPDA, 10 of the other gradients and of transfer, 50 queries of Square, 4 draws per gradient of a
+random defence. Every accuracy is an **upper bound**: a stronger attack may find more.
+
+- *blind*: the papers' way, BIM on the classifier without its defence, last iterates.
+- *transfer*: AdaptivePGD on the same.
+- *BPDA*: AdaptivePGD through the defence, whose gradient is taken for the identity (for no defence: its own gradient).
+- *exact or implicit*: AdaptivePGD with such a gradient of the purifier; for `ManifoldProjection` the least accuracy
+  under these and under LatentAttack, which searches the generator's latents. These attacks start from what attacks
+  through the defence have found before them, and attack only images that some draw still classifies correctly.
+- *Square* uses no gradient. It starts from what all attacks have found before it, so that for deterministic defences
+  the column is the worst case. For no defence one of these is a targeted attack, which has no column.
+- *worst case*: each image under the attack that is strongest on it, with Clopper-Pearson intervals. Of random defences
+  an accuracy is that of a single draw, from 10 draws an image that the attacks do not know.
+- *PGD-8*, *PGD-25*: classifiers trained on PGD within 8 and 25 levels.
+- *images/s*: purified in a second of CPU time of one thread.{facts["missing"]}
 
 """
 
@@ -220,6 +229,7 @@ def main(
     public: Annotated[bool, typer.Option(help="attack by the public AutoAttack's APGD, too")] = False,
     data_dir: DataDir = None,
     results: Annotated[Path, typer.Option(help="folder for the table")] = RESULTS,
+    page_only: Annotated[bool, page_only(lambda: write_page())] = False,
 ) -> None:
     """Measure the rows that are missing, and write the table after each of them."""
     data, path = datasets.load("fashion-mnist", data_dir), work / "rows.json"
@@ -250,7 +260,18 @@ def publish(rows: list[dict[str, Any]], results: Path) -> None:
     }  # fmt: skip
     lines = ",\n".join(json.dumps(row) for row in rows)
     content = f'{{"facts": {json.dumps(facts, indent=1)},\n"rows": [\n{lines}\n]}}\n'
-    write_atomically(results / "adaptive-evaluation.json", content)
+    write_atomically(results / f"{NAME}.json", content)
+    write_page(results)
+
+
+def write_page(results: Path = RESULTS) -> None:
+    """Write the Markdown file from the JSON file."""
+    found = json.loads((results / f"{NAME}.json").read_text())
+    write_atomically(results / f"{NAME}.md", page(found["rows"], found["facts"]))
+
+
+def page(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
+    """The results as Markdown."""
     tables = "\n".join(f"## Within {eps} levels\n\n{table(rows, eps)}" for eps in RADII)
     alarms = [
         f"- {r['defence']}, {r['classifier']}, {r['eps']}: {alarm}"
@@ -267,7 +288,7 @@ def publish(rows: list[dict[str, Any]], results: Path) -> None:
     if checks:
         tables += f"\n## The public AutoAttack\n\n{AUTO_ATTACK}\n\n" + "\n".join(checks) + "\n"
     notes = "\n## Alarms of the diagnostics\n\n" + "\n".join(alarms or ["none"]) + "\n"
-    write_atomically(results / "adaptive-evaluation.md", head(facts) + tables + notes)
+    return head(facts) + tables + notes
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def card(name: str, facts: dict[str, Any], data: datasets.Dataset, size: int) ->
     if "start" in facts:
         attack = f"three quarters of every batch attacked by PGD within {facts['delta']} levels, 2 steps, random start"
         how = f"from {facts['start']}: {how}, {attack}"
-        limits = "A short run of adversarial training: more steps and a wider network raise both accuracies.\n"
+        limits = "The ResNet that it continues from has also seen images of the calibration split.\n"
     else:
         how = f"the {facts['recipe']} recipe, {how}"
         if "delta" in facts:
@@ -137,6 +137,7 @@ def tune(name: str, delta: int, start: Path | None, data: datasets.Dataset, line
     """Train a normal classifier further, on PGD within ``delta`` levels, and write it."""
     normal = next(iter(OF_TABLES[data.name]))
     network = classifiers.load(start or out / f"{normal}.safetensors")
+    seen = network.provenance.get("split", "images that its file does not name")
     began = time.process_time()
     classifiers.train(
         network, data.x_train, data.y_train, RECIPE, "adversarial-pgd", delta=delta, seed=delta, verbose=True
@@ -146,7 +147,7 @@ def tune(name: str, delta: int, start: Path | None, data: datasets.Dataset, line
     facts |= {
         "split": f"the {len(data.x_train):,} images of the train split (`art_pixeldefend.datasets`)",
         "cpu_seconds": round(seconds, 1),
-        "start": "a ResNet of the quick recipe on all 60,000 official training images" if start else normal,
+        "start": f"a ResNet trained on {seen}" if start else normal,
     }
     store(name, network, facts, data, out)
 

@@ -5,10 +5,13 @@ know the detector; and false-alarm rates on all bundled data sets.
 
 writes ``results/detection.json`` and ``.md``. The folder keeps attacked images and scores, so that a run that was
 stopped continues. With ``--choose`` it prints the same table for other images, on which the combinations were chosen.
+``--page-only`` computes nothing and writes the page of the published results again.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import time
 from collections.abc import Callable
@@ -21,12 +24,13 @@ import torch
 import typer
 from art.estimators.classification import PyTorchClassifier
 from PIL import Image
-from published import RESULTS, DataDir, Work, command
+from published import RESULTS, DataDir, Work, command, page_only
 from sklearn.metrics import roc_auc_score
 
 from art_pixeldefend import ScorePurifier, datasets
 from art_pixeldefend.attacks import DetectorAware, losses, make_attack
 from art_pixeldefend.classifiers import networks
+from art_pixeldefend.datasets import fingerprint
 from art_pixeldefend.detectors import (
     ConformalDetector,
     DenoisingError,
@@ -38,6 +42,8 @@ from art_pixeldefend.detectors import (
 from art_pixeldefend.detectors.false_alarms import false_alarms
 from art_pixeldefend.detectors.scores import ComplexityCorrectedLikelihood, compressed_bytes
 from art_pixeldefend.evaluation import runner
+from art_pixeldefend.evaluation.stages import attack_key
+from art_pixeldefend.evaluation.store import Settings, Store
 from art_pixeldefend.evaluation.table import wilson
 from art_pixeldefend.files import write_atomically
 
@@ -47,8 +53,9 @@ ALPHAS = (0.01, 0.05, 0.1)
 LEVEL = 0.05  # of the detectors that are attacked
 METHODS = ("orthogonal", 1.0)
 COMBINED = "combined"
+CHOICE = slice(7000, 8000)  # of the test images: those on which the combination was chosen
 CHOSEN = ("likelihood minus PNG length", "score norm, sigma 0.02", "prediction change, sigma 0.05")
-ATTACKS = {"fgsm": "FGSM", "bim": "BIM", "deepfool": "DeepFool", "cw": "CW", "cw-l2": "CW (L2)"}
+ATTACKS = {"fgsm": "FGSM", "bim": "BIM", "deepfool": "DeepFool", "cw": "CW", "minimal-l2": "minimal L2"}
 
 
 def scores(classifier: torch.nn.Module) -> dict[str, Score]:
@@ -93,56 +100,68 @@ def kinds(x: np.ndarray, data: datasets.Dataset, data_dir: Path | None) -> dict[
     }
 
 
-class Run:
-    """The images and scores of one run, kept in a folder."""
+class Cache:
+    """Arrays in a folder, by the settings that they follow from."""
 
-    def __init__(self, work: Path, part: str, data_dir: Path | None) -> None:
-        self.work, self.part, self.data_dir = work, part, data_dir
+    def __init__(self, folder: Path) -> None:
+        self.store = Store(folder)
+        self.seconds: dict[Path, float] = {}  # of CPU time that the arrays in use took
+
+    def arrays(self, kind: str, settings: Settings, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, Any]:
+        """The arrays of these settings, computed if they are not stored."""
+        path = self.store.path(kind, settings, ".npz")
+        if not path.exists():
+            began, buffer = time.process_time(), io.BytesIO()
+            found = compute()
+            np.savez_compressed(buffer, seconds=time.process_time() - began, **found)
+            write_atomically(path, buffer.getvalue())
+            print(f"{kind} {settings.get('attack', '')}: {time.process_time() - began:.0f} CPU s", flush=True)
+        with np.load(path, allow_pickle=False) as file:
+            found = dict(file)
+        self.seconds[path] = float(found.pop("seconds"))
+        return found
+
+
+class Run:
+    """The images and scores of one run."""
+
+    def __init__(self, work: Path, data_dir: Path | None) -> None:
+        self.cache = Cache(work)
         self.data = datasets.load("fashion-mnist", data_dir)
         self.network = networks.load(CLASSIFIER).eval()
         self.classifier = PyTorchClassifier(
             self.network, torch.nn.CrossEntropyLoss(), (1, 28, 28), 10, clip_values=(0, 1)
         )
+        self.weights = hashlib.sha256(b"".join(t.numpy().tobytes() for t in self.network.state_dict().values()))
         self.scores = scores(self.network)
-        self.seconds: dict[str, float] = {}
 
-    def kept(self, name: str, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """The arrays of this name, from the folder if they are there."""
-        path = self.work / f"{self.part}-{name}.npz"
-        if not path.exists():
-            began = time.process_time()
-            found = compute()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial.npz")
-            np.savez_compressed(partial, seconds=time.process_time() - began, **found)
-            partial.rename(path)
-            print(f"{path.stem}: {time.process_time() - began:.0f} CPU s", flush=True)
-        with np.load(path, allow_pickle=False) as file:
-            found = dict(file)
-        self.seconds[name] = float(found.pop("seconds"))
-        return found
+    def attack_settings(self, attack: Any, eps: int | None, x: np.ndarray, y: np.ndarray) -> dict[str, Any]:
+        """What the images of an attack follow from."""
+        images = [fingerprint(x), fingerprint(y)]
+        return {"attack": attack, "eps": eps, "images": images, "classifier": self.weights.hexdigest()}
 
     def attacked(self, name: str, eps: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Levels of images attacked blindly; those of ``cw-l2`` are in no ball."""
+        """Levels of images attacked blindly; those of ``minimal-l2`` are in no ball."""
+        if name == "minimal-l2":
+            settings = self.attack_settings(name, None, x, y)
+            return self.cache.arrays("attacked", settings, lambda: {"x": self._minimal_l2(x, y)})["x"]
+        free = name in ("cw", "deepfool")  # the same images, clipped to either ball
 
         def compute() -> dict[str, np.ndarray]:
-            attack = make_attack(name, self.classifier, eps)
+            attack = make_attack(name, self.classifier, 255 if free else eps)
             return {"x": np.rint(attack.generate(x.astype(np.float32) / 255, y) * 255).astype(np.uint8)}
 
-        if name in ("cw", "deepfool"):  # the same images, clipped to either ball
-            free = self.kept(f"{name}-free-{len(x)}", lambda: {"x": self._free(name, x, y)})["x"]
-            low, high = (np.clip(x.astype(int) + sign * eps, 0, 255) for sign in (-1, 1))
-            return np.clip(free, low, high).astype(np.uint8)
-        if name == "cw-l2":
-            return self.kept(f"{name}-{len(x)}", lambda: {"x": self._carlini_l2(x, y)})["x"]
-        return self.kept(f"{name}-{eps}-{len(x)}", compute)["x"]
+        settings = self.attack_settings(attack_key(name), None if free else eps, x, y)
+        low, high = (np.clip(x.astype(int) + sign * eps, 0, 255) for sign in (-1, 1))
+        return np.clip(self.cache.arrays("attacked", settings, compute)["x"], low, high).astype(np.uint8)
 
-    def _free(self, name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        attack = make_attack(name, self.classifier, 255)
-        return np.rint(attack.generate(x.astype(np.float32) / 255, y) * 255).astype(np.uint8)
+    def _minimal_l2(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Minimise the squared L2 distance plus the positive part of the margin, and take the closest image fooled.
 
-    def _carlini_l2(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Minimise the squared distance plus the positive part of the margin (Carlini and Wagner 2017), by 60 steps."""
+        This is the loss of Carlini and Wagner (2017) with the constant 1, in pixels clipped to [0, 1], by 60 steps of
+        Adam. ART's ``CarliniL2Method`` optimises in tanh space with a line search in each step: in as many steps it
+        takes longer and finds larger perturbations.
+        """
         clean, labels = torch.from_numpy(x).float() / 255, torch.from_numpy(y)
         change = torch.zeros_like(clean, requires_grad=True)
         adam = torch.optim.Adam([change], 0.02)
@@ -157,7 +176,7 @@ class Run:
             adam.step()
         return np.rint(best.numpy() * 255).astype(np.uint8)
 
-    def scored(self, name: str, x: np.ndarray) -> np.ndarray:
+    def scored(self, x: np.ndarray, seed: int = 1) -> np.ndarray:
         """Scores (N, K) of levels."""
 
         def compute() -> dict[str, np.ndarray]:
@@ -167,22 +186,27 @@ class Run:
                     bits = [8 * compressed_bytes(image) / image.size for image in x]
                     columns.append(columns[0] - np.array(bits))
                     continue
-                seed = 0 if name == "calibration" else 1
                 with torch.no_grad():
                     parts = [score(part, start=128 * i, seed=seed) for i, part in enumerate(unit.split(128))]
                 columns.append(torch.cat(parts).double().numpy())
             return {"scores": np.stack(columns, axis=1)}
 
-        return self.kept(f"scores-{name}-{len(x)}", compute)["scores"]
+        fingerprints = [score.fingerprint() for score in self.scores.values()]
+        settings = {"images": fingerprint(x), "scores": fingerprints, "seed": seed}
+        return self.cache.arrays("scores", settings, compute)["scores"]
+
+    def calibration(self) -> np.ndarray:
+        """Scores (N, K) of the test images that are reserved for calibration."""
+        return self.scored(self.data.reserve().x, seed=0)
 
     def detector(self, names: tuple[str, ...]) -> ConformalDetector:
         """A detector of some scores, calibrated on the test images that are reserved for that."""
         detector = ConformalDetector([self.scores[name] for name in names], "joint", LEVEL)
         columns = [list(self.scores).index(name) for name in names]
-        detector.calibration_scores = self.scored("calibration", self.data.reserve().x)[:, columns]
+        detector.calibration_scores = self.calibration()[:, columns]
         return detector
 
-    def aware(self, label: str, detector: Any, eps: int, x: np.ndarray, y: np.ndarray, steps: int) -> dict[str, Any]:
+    def aware(self, detector: Any, eps: int, x: np.ndarray, y: np.ndarray, steps: int) -> dict[str, Any]:
         """Attack a classifier and a detector together, and count."""
 
         def compute() -> dict[str, np.ndarray]:
@@ -192,7 +216,12 @@ class Run:
             attacked = attack.generate(x.astype(np.float32) / 255, y)
             return {"x": np.rint(attacked * 255).astype(np.uint8), "success": attack.success}
 
-        found = self.kept(f"aware-{label}-{eps}-{len(x)}-{steps}", compute)
+        settings = self.attack_settings(attack_key("detector-aware"), eps, x, y) | {
+            "steps": steps, "methods": METHODS, "seed": 0, "alpha": detector.alpha, "combine": detector.combine,
+            "scores": [score.fingerprint() for score in detector.scores],
+            "calibration": fingerprint(detector.calibration_scores),
+        }  # fmt: skip
+        found = self.cache.arrays("aware", settings, compute)
         return {
             "images": len(x),
             "success_percent": percent(found["success"]),
@@ -270,30 +299,29 @@ def main(
     aware: Annotated[int, typer.Option(min=0, help="images attacked with knowledge of the detector")] = 24,
     steps: Annotated[int, typer.Option(min=1, help="steps of each method of that attack")] = 25,
     choose: Annotated[bool, typer.Option("--choose", help="use other test images, and write no table")] = False,
+    page_only: Annotated[bool, page_only(lambda: write_page())] = False,
 ) -> None:
     """Compute what is missing, and write or print the table."""
     torch.set_num_threads(1)
-    run = Run(work, "choose" if choose else "test", data_dir)
-    clean = run.data.x_test[7000:8000] if choose else run.data.x_test[:1000]
-    x, y = clean, (run.data.y_test[7000:8000] if choose else run.data.y_test[:1000])
+    run, part = Run(work, data_dir), CHOICE if choose else slice(1000)
+    x, y = clean, _ = run.data.x_test[part], run.data.y_test[part]
     names = list(run.scores)
     columns = {name: [i] for i, name in enumerate(names)} | {COMBINED: [names.index(name) for name in CHOSEN]}
     detectors: dict[str, Any] = {name: run.detector((name,)) for name in names} | {COMBINED: run.detector(CHOSEN)}
-    of_clean = run.scored("clean", clean)
+    of_clean = run.scored(clean)
     known: dict[str, dict[str, Any]] = {}
     for label, detector in detectors.items() if aware else ():
-        file = label.replace(" ", "-").replace("'", "")
-        known[label] = {str(eps): run.aware(file, detector, eps, x[:aware], y[:aware], steps) for eps in RADII}
+        known[label] = {str(eps): run.aware(detector, eps, x[:aware], y[:aware], steps) for eps in RADII}
     found: dict[str, dict[str, Any]] = {}
     for kind, made in kinds(x[:images], run.data, data_dir).items():
         levels = made()
-        scored = run.scored(kind.replace("/", "-"), levels)
+        scored = run.scored(levels)
         found[kind] = {"images": len(levels), "scores": measured(detectors, columns, of_clean, scored)}
     for attack, title in ATTACKS.items():
-        count = slow if attack.startswith("cw") else attacked
-        for eps in RADII if attack != "cw-l2" else (0,):
+        count = slow if attack in ("cw", "minimal-l2") else attacked
+        for eps in RADII if attack != "minimal-l2" else (0,):
             levels = run.attacked(attack, eps, x[:count], y[:count])
-            scored = run.scored(f"{attack}-{eps}" if eps else attack, levels)
+            scored = run.scored(levels)
             wrong = run.wrong(levels, y[:count])
             found[f"{title} {eps}" if eps else title] = {
                 "images": count, "fooled_percent": percent(wrong),
@@ -301,7 +329,7 @@ def main(
                 "fooling": measured(detectors, columns, of_clean, scored[wrong]),
             }  # fmt: skip
     unseen = {name: ConformalDetector(detector.scores, "joint") for name, detector in detectors.items()}
-    everything = np.concatenate([of_clean, run.scored("calibration", run.data.reserve().x)])
+    everything = np.concatenate([of_clean, run.calibration()])
     for name, detector in unseen.items():
         detector.calibration_scores = everything[:, columns[name]]
     result = {
@@ -309,18 +337,22 @@ def main(
         "versions": dict(runner.versions()), "classifier": CLASSIFIER, "density_model": DENSITY_MODEL,
         "score_model": SCORE_MODEL, "combined": list(CHOSEN), "clean_images": len(clean),
         "calibration_images": len(run.data.reserve().x), "clean_wrong_percent": run.fooled(clean, y),
-        "cpu_seconds": round(sum(run.seconds.values())), "kinds": found, "aware": known, "aware_steps": steps,
+        "cpu_seconds": round(sum(run.cache.seconds.values())), "kinds": found, "aware": known, "aware_steps": steps,
         "false_alarms": {"fashion-mnist": rates(unseen), "digits": rates(digits_detectors())},
     }  # fmt: skip
-    text = page(result)
     if choose:
-        typer.echo(text)
+        typer.echo(page(result))
         return
     write_atomically(results / "detection.json", json.dumps(result, indent=1) + "\n")
-    write_atomically(results / "detection.md", text)
+    write_page(results)
 
 
 # The page
+
+
+def write_page(results: Path = RESULTS) -> None:
+    """Write the Markdown file from the JSON file."""
+    write_atomically(results / "detection.md", page(json.loads((results / "detection.json").read_text())))
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -366,7 +398,6 @@ def page(result: dict[str, Any]) -> str:
                 within = f"{rate['splits_within_beta_binomial']}/{rate['splits']}"
                 alarms[-1] += [f"{rate['rate_percent']:.2f}", f"{low:.1f} to {high:.1f}", within]
     combined = ", ".join(result["combined"])
-    cw = kinds_of["CW (L2)"]["scores"]
     lowest = "; ".join(
         f"{' and '.join(fewest(result['aware'], str(eps)))} at {eps} levels" for eps in RADII if result["aware"]
     )
@@ -384,18 +415,16 @@ density model `{result["density_model"]}`, score model `{result["score_model"]}`
 test images, the first ones; attacked images are the first of these. Detectors are calibrated on the last
 {result["calibration_images"]:,} test images, which no model has seen. "{COMBINED}" ranks images together
 (`combine="joint"`) by {combined}.
-It was chosen on test images 7,000 to 7,399, not on those of this page.
+It was chosen on test images {CHOICE.start:,} to {CHOICE.stop - 1:,}, none of which this page uses.
 
 ## Area under the ROC curve
 
 Against the clean images. CW and DeepFool minimise the perturbation, and their images are clipped to balls of 8 and 25
-levels, so that many do not fool the classifier; those of CW (L2) are not clipped. The last rows are of those attacked
-images that the classifier gets wrong.
+levels, so that many do not fool the classifier; those of minimal L2 (Carlini and Wagner's loss with the constant 1) are
+not clipped. The last rows are of those attacked images that the classifier gets wrong.
 
 {table(["images", "number", *names], areas)}
-CW stays hard for the combination: an image that changes as little as possible is unusual by its prediction's change
-alone (CW (L2) {cw["prediction change, sigma 0.05"]["auroc"]:.3f}). The other two scores, with
-{cw[CHOSEN[0]]["auroc"]:.3f} and {cw[CHOSEN[1]]["auroc"]:.3f}, dilute it.
+{better_alone(result)}
 
 ## Images flagged in percent, at levels 0.01 / 0.05
 
@@ -420,6 +449,18 @@ interval of the level for the images tested; and the splits whose number of flag
 for random calibration images (beta-binomial).
 
 {table(["data", "detector", *columns], alarms)}"""
+
+
+def better_alone(result: dict[str, Any], by: float = 0.01) -> str:
+    """A sentence on the images that a single score tells from clean ones clearly better than the combination."""
+    shown = []
+    for kind, found in result["kinds"].items():
+        for part, text in (("scores", kind), ("fooling", f"{kind}, misclassified")):
+            areas = {name: values["auroc"] for name, values in found.get(part, {COMBINED: {"auroc": 1}}).items()}
+            best = max(areas, key=areas.__getitem__)
+            if areas[best] >= areas[COMBINED] + by:
+                shown.append(f"{text} ({best}: {areas[best]:.3f}, combined: {areas[COMBINED]:.3f})")
+    return f"A single score is better than the combination by {by:g} or more for: {'; '.join(shown) or 'none'}."
 
 
 def fewest(aware: dict[str, Any], eps: str) -> list[str]:

@@ -68,6 +68,18 @@ def _shown(arguments: Iterable[str]) -> Iterator[str]:
         option = word
 
 
+def page_only(write: Callable[[], None]) -> Any:
+    """A flag that calls ``write`` and ends the script, whatever other options are missing."""
+
+    def at_once(given: bool) -> None:
+        if given:
+            write()
+            raise typer.Exit
+
+    text = "write the page of the published results again, and compute nothing"
+    return typer.Option("--page-only", callback=at_once, is_eager=True, help=text)
+
+
 # The grid
 
 # Options of the scripts that work in a table's folder. With the table's own values they find its stored results.

@@ -108,6 +108,11 @@ def adaptive(text: str, purifier: str) -> str:
     return "\n".join(shown or ["Not measured yet."]) + "\n"
 
 
+ATTACKED = (
+    "PixelDefend", "Adaptive PixelDefend", "ScorePurifier", "ScoreDenoiser", "ManifoldProjection", "DeepImagePrior",
+)  # fmt: skip
+
+
 def write(name: str, content: str) -> None:
     """Write a generated file."""
     path = GENERATED / name
@@ -129,8 +134,8 @@ def generate() -> None:
     for script in ("score_purification", "manifold_defense", "deep_image_prior"):
         write(f"parts/{script}.md", rows(benchmarks, script))
     attacked = (ROOT / "benchmarks/results/adaptive-evaluation.md").read_text()
-    for purifier in ("PixelDefend", "ScorePurifier", "ScoreDenoiser", "ManifoldProjection", "DeepImagePrior"):
-        write(f"parts/adaptive/{purifier}.md", adaptive(attacked, purifier))
+    for purifier in ATTACKED:
+        write(f"parts/adaptive/{purifier.replace(' ', '')}.md", adaptive(attacked, purifier))
     models = section(relinked((ROOT / "README.md").read_text(), "README.md"), "Models")
     write("parts/models.md", "\n".join(line for line in models.splitlines() if line.startswith("|")) + "\n")
     (GENERATED / "pictures").mkdir(exist_ok=True)

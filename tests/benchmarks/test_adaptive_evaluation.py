@@ -3,9 +3,12 @@
 import importlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -21,10 +24,34 @@ def rows():
     return json.loads((BENCHMARKS / "results" / "adaptive-evaluation.json").read_text())["rows"]
 
 
-def test_the_tables_are_rendered_from_the_results(script, rows):
-    page = (BENCHMARKS / "results" / "adaptive-evaluation.md").read_text()
-    for eps in script.RADII:
-        assert script.table(rows, eps) in page
+def test_the_page_is_rendered_from_the_results_alone(script, tmp_path):
+    shutil.copy(BENCHMARKS / "results" / "adaptive-evaluation.json", tmp_path)
+    script.write_page(tmp_path)
+    name = "adaptive-evaluation.md"
+    assert (tmp_path / name).read_text() == (BENCHMARKS / "results" / name).read_text()
+
+
+def test_the_flag_that_writes_the_page_needs_no_other_option(script, monkeypatch):
+    written = []
+    monkeypatch.setattr(script, "write_page", lambda: written.append(1))
+    app = typer.Typer()
+    app.command()(script.main)
+    assert CliRunner().invoke(app, ["--page-only"]).exit_code == 0 and written == [1]
+
+
+def test_the_page_describes_the_attacks_that_were_run(script, rows):
+    text = " ".join(script.head({"command": "", "date": "", "hardware": "", "missing": ""}).split())
+    assert "one start, 20 steps of BPDA, 10 of the other gradients and of transfer, 50 queries of Square" in text
+    steps = {"BPDA": 20, "exact": 10, "implicit": 10, "transfer": 10, "Square": 50}
+    for row in rows:
+        for attack in steps.keys() & row["threats"].keys() if row["budget"] == "quick" else ():
+            threat = row["threats"][attack]
+            assert f" {steps[attack]} " in threat and "restarts" not in threat
+            assert ("EOT 4" in threat) == (row["draws"] > 1 and attack != "transfer")
+        if row["draws"] == 1 and "Square" in row["accuracy"]:
+            assert row["accuracy"]["Square"] == row["accuracy"]["worst case"]
+        untold = set(row["threats"]) - {"blind", "transfer", "BPDA", "PGD", "exact", "implicit", "latent", "Square"}
+        assert untold == ({"targeted"} if row["defence"] == "none" else set())
 
 
 def test_the_strongest_of_the_exact_implicit_and_latent_attacks_is_shown(script, rows):

@@ -1,7 +1,6 @@
 """The published tables show the numbers of the JSON files beside them."""
 
 import csv
-import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -103,13 +102,6 @@ def test_tables_are_rendered_from_the_results(name):
     tables = rendered[: rendered.index("\n- Accuracy")]
     assert tables in text
     assert (RESULTS / f"{name}.csv").read_text() == table.comma_separated(grid, results)
-
-
-def test_the_detection_page_shows_its_results(monkeypatch):
-    monkeypatch.syspath_prepend(RESULTS.parent)
-    page = importlib.import_module("detection").page
-    result = json.loads((RESULTS / "detection.json").read_text())
-    assert page(result) == (RESULTS / "detection.md").read_text()
 
 
 def test_published_false_alarm_rates_are_within_the_binomial_intervals_of_their_levels():
