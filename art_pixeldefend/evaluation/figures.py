@@ -135,7 +135,7 @@ def roc_curves(
     Returns:
         The areas of ``before`` by name.
     """
-    panels = {title: before} | ({"the same, purified": after} if after is not None else {})
+    panels = {title: before} | ({"the same, purified\n(area < 0.5: likelier than clean)": after} if after else {})
     figure, axes = _panels(len(panels), columns=2, width=4.2, height=4.5)
     for (shown, scores), ax in zip(panels.items(), axes, strict=True):
         widths = np.linspace(1.2 + 1.1 * (len(scores) - 1), 1.2, len(scores))  # so that equal curves show side by side

@@ -121,3 +121,4 @@ def test_roc_curves_pass_through_the_rates_at_each_threshold_and_return_their_ar
         assert np.interp(rates[0], x, y) == pytest.approx(rates[1]) or rates in zip(x, y, strict=True)
     assert [text.get_text() for text in before.get_legend().get_texts()] == ["fgsm (1.00)", "rand (0.47)"]
     assert [text.get_text() for text in after.get_legend().get_texts()] == ["fgsm (0.00)"]
+    assert "area < 0.5: likelier than clean" in after.get_title()
