@@ -24,9 +24,9 @@ from published import DataDir
 
 from art_pixeldefend import datasets
 from art_pixeldefend.datasets import FINGERPRINT, SAMPLE, Dataset
+from art_pixeldefend.files import CHECKPOINT, MODEL
 from art_pixeldefend.models import checkpoint, zoo
 from art_pixeldefend.models.base import ImageModel
-from art_pixeldefend.models.checkpoint import CHECKPOINT, MODEL
 from art_pixeldefend.models.pixelcnnpp import PixelCNNpp
 from art_pixeldefend.models.score import ScoreModel
 from art_pixeldefend.models.training import Settings, as_start
