@@ -35,7 +35,6 @@ OF_TABLES = {  # by data set: name and row of the table
 }
 TUNED = {"fashion-mnist": {"fashion-mnist-resnet-pgd-8": 8, "fashion-mnist-resnet-pgd-25": 25}}  # name and radius
 RECIPE = classifiers.Recipe(steps=500, learning_rate=0.05, weight_decay=1e-4)
-PLACES |= {"--start": "FILE", "--out": "FOLDER"}
 
 
 def store(name: str, network: Any, provenance: dict[str, Any], data: datasets.Dataset, out: Path) -> None:
@@ -102,7 +101,10 @@ def main(
     of_tables, tuned = OF_TABLES[dataset], TUNED.get(dataset, {})
     if unknown := [one for one in name if one not in of_tables | tuned]:
         raise typer.BadParameter(f"--name must be one of {', '.join(of_tables | tuned)}, got {unknown[0]!r}")
-    data, line = datasets.load(dataset, data_dir), command("bundled_classifiers.py")
+    data, line = (
+        datasets.load(dataset, data_dir),
+        command("bundled_classifiers.py", PLACES | {"--start": "FILE", "--out": "FOLDER"}),
+    )
     grid = table_grid(dataset, shorter=shorter)
     for made, row in of_tables.items():
         if not name or made in name:

@@ -7,7 +7,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from fnmatch import fnmatch
@@ -41,10 +41,10 @@ PLACES = {
 NAMES = {"--pixel-cnn": zoo.names(), "--model": zoo.names(), "--data": list(datasets.NAMED)}
 
 
-def command(script: str) -> str:
-    """The command line of this run, with placeholders for paths."""
+def command(script: str, places: Mapping[str, str] = PLACES) -> str:
+    """The command line of this run, with placeholders for paths, which are the values of the options ``places``."""
     launcher = f"torchrun --nproc-per-node {os.environ['WORLD_SIZE']}" if "RANK" in os.environ else "python"
-    return f"{launcher} benchmarks/{script} {shlex.join(_shown(sys.argv[1:]))}".rstrip()
+    return f"{launcher} benchmarks/{script} {shlex.join(_shown(sys.argv[1:], places))}".rstrip()
 
 
 def facts_of_run(script: str) -> dict[str, Any]:
@@ -55,12 +55,12 @@ def facts_of_run(script: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _shown(arguments: Iterable[str]) -> Iterator[str]:
+def _shown(arguments: Iterable[str], places: Mapping[str, str]) -> Iterator[str]:
     """The words of a command line with placeholders; ``--option=value`` becomes two words."""
     option = ""
     for word in (w for a in arguments for w in (a.split("=", 1) if a.startswith("--") else [a])):
-        if option in PLACES:
-            yield PLACES[option]
+        if option in places:
+            yield places[option]
         elif option in NAMES and word not in NAMES[option]:
             yield "FILE"
         else:
