@@ -29,7 +29,7 @@ from art_pixeldefend.classifiers.networks import as_art
 from art_pixeldefend.datasets import fingerprint
 from art_pixeldefend.models.checkpoint import read, write
 from art_pixeldefend.precision import bf16_pays
-from art_pixeldefend.validation import check_choice, check_labels
+from art_pixeldefend.validation import check_choice, check_count, check_labels
 
 RUN = "classifier-training-run"  # the kind of checkpoints
 SMOOTHING = 0.1  # the probability that label smoothing takes from the true class
@@ -138,7 +138,8 @@ def train(
         The model, in evaluation mode.
 
     Raises:
-        ValueError: naming ``recipe``, ``technique``, ``x`` or ``y``, if it is not as described.
+        ValueError: naming ``recipe``, ``technique``, ``x``, ``y``, ``every`` or ``checkpoint``, if it is not as
+            described.
         FloatingPointError: if training diverged.
 
     Example:
@@ -152,6 +153,7 @@ def train(
     """
     recipe = _recipe(recipe)
     check_choice("technique", technique, TECHNIQUES)
+    every = check_count("every", every)
     labels = _one_hot(x, y, model)
     if technique == "label-smoothing":
         labels = LabelSmoothing(max_value=1 - smoothing)(x, labels)[1]
@@ -181,10 +183,10 @@ def train(
                 if checkpoint is not None and run.step % every == 0:
                     run.save(checkpoint, arguments)
                 bar.update()
-    if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
-        raise FloatingPointError("training diverged; lower the recipe's learning_rate")
     if checkpoint is not None:
         Path(checkpoint).unlink(missing_ok=True)
+    if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
+        raise FloatingPointError("training diverged; lower the recipe's learning_rate")
     return model.eval()
 
 

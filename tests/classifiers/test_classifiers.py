@@ -346,9 +346,16 @@ def test_an_unknown_network_or_size_is_refused():
         build("vgg", (1, 8, 8), depth=3)
 
 
-def test_diverged_training_is_reported(digits):
+def test_diverged_training_is_reported_and_leaves_no_checkpoint(digits, tmp_path):
+    file, recipe = tmp_path / "run.safetensors", replace(TINY, learning_rate=1e30, steps=12)
     with pytest.raises(FloatingPointError, match="learning_rate"):
-        train(small("vgg"), digits.x_train[:64], digits.y_train[:64], replace(TINY, learning_rate=1e30, steps=12))
+        train(small("vgg"), digits.x_train[:64], digits.y_train[:64], recipe, checkpoint=file, every=1)
+    assert not file.exists()
+
+
+def test_steps_between_checkpoints_are_checked(digits, tmp_path):
+    with pytest.raises(ValueError, match="every"):
+        train(small("vgg"), digits.x_train[:64], digits.y_train[:64], TINY, checkpoint=tmp_path / "run", every=0)
 
 
 def test_a_shortened_recipe_keeps_its_shape():
