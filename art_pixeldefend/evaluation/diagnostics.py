@@ -83,11 +83,9 @@ class Context:
     def gradient(self) -> str | None:
         """The backward pass of the attack through the defence that found most."""
         through = [r for r in self.results.values() if r.threat is not None and r.threat.sees == "everything"]
-        usable = [r for r in through if r.threat is not None and r.threat.gradient not in ("surrogate", "latent")]
-        if not usable:
-            return None
-        threat = min(usable, key=lambda r: r.right(self.y).mean()).threat
-        return None if threat is None else threat.gradient
+        threats = [(r.right(self.y).mean(), r.threat) for r in through if r.threat is not None]
+        usable = [(a, t) for a, t in threats if t.gradient not in ("surrogate", "latent") and not t.detector]
+        return min(usable, key=lambda found: found[0])[1].gradient if usable else None
 
 
 def gradients_vanish(context: Context) -> Finding:

@@ -16,14 +16,23 @@ from art.defences.preprocessor.preprocessor import PreprocessorPyTorch
 from art.estimators.classification import PyTorchClassifier
 from torch import nn
 
-from art_pixeldefend.attacks import AdaptivePGD, LatentAttack, Square, auto_attack, fit_surrogate, make_attack
+from art_pixeldefend.attacks import (
+    AdaptivePGD,
+    DetectorAware,
+    LatentAttack,
+    Square,
+    auto_attack,
+    fit_surrogate,
+    make_attack,
+)
 from art_pixeldefend.attacks.budget import scalar_clip_values
+from art_pixeldefend.attacks.detector_aware import SELECTIVE
 from art_pixeldefend.attacks.through import purifiers_of
 from art_pixeldefend.classifiers.training import seeded
 from art_pixeldefend.evaluation.preprocessors import Sequential
 from art_pixeldefend.evaluation.threat import Threat
 from art_pixeldefend.levels import LEVELS, from_levels, to_levels
-from art_pixeldefend.purifiers import ManifoldProjection, PurifiedModel, Purifier
+from art_pixeldefend.purifiers import AdaptivePixelDefend, ManifoldProjection, PurifiedModel, Purifier
 from art_pixeldefend.validation import check_choice
 
 BUDGETS = ("quick", "standard", "full")
@@ -227,6 +236,17 @@ def latent(subject: Subject, x: np.ndarray, y: np.ndarray, threat: Threat, ball:
     return _on_grid(subject, x, attacked), {"queries": float(attack.queries.mean())}
 
 
+def unpurified(subject: Subject, x: np.ndarray, y: np.ndarray, threat: Threat, ball: Ball, seed: int) -> Attacked:
+    """Run DetectorAware on Adaptive PixelDefend, for images below its threshold, which it does not purify."""
+    (purifier,) = subject.purifiers
+    assert isinstance(purifier, AdaptivePixelDefend)
+    attack = DetectorAware(
+        subject.bare, purifier, norm=ball.norm, eps=ball.eps, steps=threat.steps or 50, methods=(SELECTIVE, 1.0),
+        seed=seed, batch_size=subject.batch_size,
+    )  # fmt: skip
+    return attack.generate(x, y), {}
+
+
 def square(subject: Subject, x: np.ndarray, y: np.ndarray, threat: Threat, ball: Ball, seed: int) -> Attacked:
     """Run Square, which sees logits only; of a random defence, means over ``eot`` draws."""
     attack = Square(
@@ -299,6 +319,10 @@ def plan(subject: Subject, budget: str, ball: Ball, eot: int | None = None) -> l
     if [type(p) for p in subject.purifiers] == [ManifoldProjection]:
         latents = replace(through, gradient="latent", restarts=1, steps=(50, 200, 500)[level], loss=None)
         attacks.append(Planned("latent", latents, latent, survivors=True))
+    alone = subject.defences in ([], subject.purifiers)  # nothing but the purifier is in front of the classifier
+    if alone and [type(p) for p in subject.purifiers] == [AdaptivePixelDefend] and subject.eight_bit:
+        below = Threat("everything", steps=(20, 50, 100)[level], loss="margin", detector=True)
+        attacks.append(Planned("unpurified", below, unpurified, survivors=True))
     if level and len(subject.purifiers) == 1 and "exact" not in gradients and subject.surrogate_images is not None:
         fitted = replace(through, gradient="surrogate", loss="margin")
         attacks.append(Planned("surrogate", fitted, adaptive_pgd, survivors=True))

@@ -16,7 +16,7 @@ from art_pixeldefend.evaluation.robustness import AttackResult, Evaluation, eval
 from art_pixeldefend.evaluation.store import Store
 from art_pixeldefend.evaluation.threat import Threat
 from art_pixeldefend.models.generator import VAE
-from art_pixeldefend.purifiers import ManifoldProjection, PurifiedModel, Purifier
+from art_pixeldefend.purifiers import AdaptivePixelDefend, ManifoldProjection, PurifiedModel, Purifier
 
 EPS = 40 / 255
 
@@ -423,6 +423,19 @@ def test_the_latent_attack_returns_8_bit_images_in_the_ball(inside, digits_image
     levels = 255 * images.astype(np.float64)
     assert np.abs(levels - levels.round()).max() < 1e-3 and facts["queries"] > 0
     assert 0 < np.abs(images - x[:4]).max() <= EPS + 1e-6
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_adaptive_pixel_defend_is_attacked_by_images_that_it_does_not_purify(inside, digits_images, nearest_mean):
+    purifier, (x, y) = AdaptivePixelDefend(eps=64, pixel_cnn="digits", threshold=5.0), digits_images
+    model = PurifiedModel(nearest_mean, purifier) if inside else nearest_mean
+    subject = Subject(model, None if inside else purifier, x)
+    (planned,) = [p for p in plan(subject, "quick", Ball(0.3)) if p.name == "unpurified"]
+    images, _ = planned.run(subject, x, y, planned.threat, Ball(0.3), 0)
+    assert np.abs(images - x).max() <= 0.3 + 1e-6
+    fooled = subject.labels(images, 1, 0)[:, 0] != y
+    kept = (purifier(images)[0] == images).all(axis=(1, 2, 3))
+    assert (fooled & kept & (np.abs(images - x).max(axis=(1, 2, 3)) > 0)).any()
 
 
 @pytest.mark.parametrize("eps", [0.1, 0.03])
