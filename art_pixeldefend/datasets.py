@@ -103,7 +103,8 @@ class Dataset:
         For a model that was trained on ``x_train`` these are ``x_calibration``; its provenance says so, as the trainer
         of this package records a :func:`fingerprint` of the training images. Any other model is assumed to have seen
         all training images, as the bundled ``digits``, ``fashion-mnist`` and ``fashion-mnist-40x5`` have: for them
-        these are the last ``reserved`` test images, which must be in no particular order.
+        these are the last ``reserved`` test images, which must be in no particular order. So they are for the bundled
+        ``cifar-10``, whose last run was trained on a part of ``x_train``.
 
         Args:
             models: image models. If all were made elsewhere and you trained them on ``x_train`` only, use
