@@ -86,7 +86,7 @@ def _options(
         typer.echo(context.get_help())
 
 
-BUNDLED = "digits, fashion-mnist, fashion-mnist-40x5, cifar-10"
+BUNDLED = "cifar-10, digits, fashion-mnist, fashion-mnist-40x5"
 KINDS = "pixelcnnpp, score, vae"
 Images = Annotated[Path, typer.Argument(metavar="IMAGES", help="a folder of images, or a .npy or .npz file (uint8)")]
 ImagesOrData = Annotated[

@@ -86,8 +86,8 @@ def extension(tmp_path, monkeypatch):
 
 def test_a_registered_attack_and_a_purifier_of_ones_own_make_a_table_on_two_processes_as_on_one(extension, tmp_path):
     grid = extension.grid()
-    plan = runner.plan(Stages(grid, datasets.load("digits"), Store(tmp_path / "alone")))
-    assert "vgg/normal/noise/blind brighter 40: 32 images, 2 gradients each" in plan
+    plan = runner.plan(Stages(grid, datasets.load("digits"), Store(tmp_path / "alone")), every_cell=True)
+    assert "vgg/normal/noise/blind brighter 40, 32 images, gradients per image: 2" in plan
     table = runner.run(grid, tmp_path / "alone", verbose=False).table
     assert "white-box-gradient-exact-eot-2-steps-2" in table and "seeds_known" in table
     assert "failed" not in table and "| Brighter |" in table and "- Brighter: a remark on it." in table
