@@ -19,8 +19,7 @@ import numpy as np
 import torch
 import typer
 from art.estimators.classification import PyTorchClassifier
-from published import RESULTS, facts_of_run
-from scipy.stats import binomtest
+from published import RESULTS, facts_of_run, mcnemar
 from torch import nn
 
 from art_pixeldefend import PixelDefend, PurifiedModel, classifiers, datasets
@@ -259,8 +258,7 @@ def paired(cells: list[dict[str, Any]]) -> str:
         if cell["defence"] == "none" or without is None:
             continue
         with_it = np.array(cell["right"])
-        more, fewer = int((with_it > without).sum()), int((with_it < without).sum())
-        p = binomtest(more, more + fewer).pvalue if more + fewer else 1.0
+        more, fewer, p = mcnemar(with_it - without)
         difference = f"{100 * (with_it - without).mean():+.1f}"
         rows.append([f"{cell['classifier']} + {cell['defence']}", cell["eps"], difference, more, fewer, f"{p:.3f}"])
     head = ["defence", "radius", "difference", "withstand only with it", "only without it", "p (exact McNemar)"]

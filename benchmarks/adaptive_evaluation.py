@@ -24,8 +24,8 @@ import numpy as np
 import torch
 import typer
 from art.defences.preprocessor import FeatureSqueezing, Preprocessor
-from published import RESULTS, DataDir, Work, page_only
-from scipy.stats import binomtest, bootstrap
+from published import RESULTS, DataDir, Work, mcnemar, page_only
+from scipy.stats import bootstrap
 from torch import nn
 
 from art_pixeldefend import (
@@ -171,19 +171,8 @@ def percent(value: float) -> float:
 
 def table(rows: list[dict[str, Any]], eps: int) -> str:
     """The rows of a radius as Markdown."""
-    head = [
-        "classifier",
-        "defence",
-        "images",
-        "clean",
-        "blind",
-        "transfer",
-        "BPDA",
-        "exact or implicit",
-        "further",
-        "Square",
-    ]
-    head += ["**worst case**", "95% interval", "images/s"]
+    head = ["classifier", "defence", "images", "clean", "blind", "transfer", "BPDA", "exact or implicit", "further"]
+    head += ["Square", "**worst case**", "95% interval", "images/s"]
     lines = []
     for row in rows:
         if row["eps"] != eps:
@@ -229,9 +218,8 @@ def paired(rows: list[dict[str, Any]]) -> str:
             continue
         difference = right(row) - right(same[0])
         interval = bootstrap((difference,), np.mean, rng=np.random.default_rng(0)).confidence_interval
-        more, fewer = int((difference > 0).sum()), int((difference < 0).sum())
+        more, fewer, p = mcnemar(difference)
         ends = f"{100 * interval.low:+.1f} to {100 * interval.high:+.1f}"
-        p = binomtest(more, more + fewer).pvalue if more + fewer else 1.0
         cells.append([
             row["classifier"], row["eps"], row["images"], row["budget"],
             f"{100 * difference.mean():+.1f} ({ends})", more, fewer, f"{p:.1g}",

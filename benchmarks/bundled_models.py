@@ -91,15 +91,15 @@ def card(name: str, model: ImageModel, data: Dataset, size: str, hardware: str, 
     facts, shape = model.provenance, " x ".join(map(str, model.image_shape[1:]))
     kind, result, sizes, reproduced = KINDS[type(model)](name, model, data)
     parameters = sum(value.numel() for value in model.parameters()) / 1e6
-    whole, trained = len(data.x_train), facts["training_images"]
-    share = f"the {whole:,} images" if trained == whole else f"{trained:,} of the {whole:,} images"
+    calibration = f'`datasets.load("{data.name}").calibration(model)`'
+    if not data.held_out_from(model):
+        calibration = f"the last {data.reserved:,} test images: {calibration}"
     licence = LICENCES.get(data.name)
     rows = [
         result,
         ("size", f"{sizes}; {parameters:.2f} M parameters, {size} in half precision"),
-        ("trained on", f"{share} of the train split of `{data.name}` (`art_pixeldefend.datasets`); not on its "
-                       "calibration split"),
-        ("calibrate with", f'`datasets.load("{data.name}").calibration(model)`'),
+        ("trained on", f"{share(model, data)}; not on its calibration split"),
+        ("calibrate with", calibration),
         ("command of the last run", f"`{train_command(model, 'FILE' if own_file else data.name)}`"),
         ("hardware, time", f"{hardware}; bundled on {date.today().isoformat()}"),
         ("reproduced by", f"`{reproduced}`"),
@@ -120,6 +120,17 @@ Training settings{_versions(facts)}:
 {_lines(list(runs(model)))}
 The test images were not used to select a checkpoint.
 """
+
+
+def share(model: ImageModel, data: Dataset) -> str:
+    """How much of the train split all runs together, and the last one, were trained on."""
+    whole, last = len(data.x_train), model.provenance["training_images"]
+    split = f"of the train split of `{data.name}` (`art_pixeldefend.datasets`)"
+    if last == whole:
+        return f"the {whole:,} images {split}"
+    if datasets.fingerprint(data.x_train) in (run.get(FINGERPRINT) for run in _chain(model.provenance)):
+        return f"the {whole:,} images {split}, in the last run on {last:,} of them"
+    return f"{last:,} of the {whole:,} images {split}"
 
 
 def _versions(facts: Mapping[str, Any]) -> str:

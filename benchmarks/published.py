@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from scipy.stats import binomtest
 
 from art_pixeldefend import PixelCNNpp, classifiers, datasets
 from art_pixeldefend.evaluation import runner, table
@@ -249,3 +250,13 @@ def classifiers_table(facts: dict[str, Any]) -> str:
     chosen = ", ".join(f"{name} {value:.3f}" for name, value in facts["thresholds_bits_per_dim"].items())
     chosen = f"Thresholds chosen, in bits per dimension: {chosen}.\n\n" if chosen else ""
     return f"{markdown_table(head, rows)}\n{chosen}"
+
+
+def mcnemar(difference: np.ndarray) -> tuple[int, int, float]:
+    """McNemar's exact test of paired results (N,), 1 or 0 each, from their differences: 1, 0 or -1.
+
+    Returns:
+        How often the first result alone is 1, how often the second, and the p-value.
+    """
+    more, fewer = int((difference > 0).sum()), int((difference < 0).sum())
+    return more, fewer, float(binomtest(more, more + fewer).pvalue) if more + fewer else 1.0

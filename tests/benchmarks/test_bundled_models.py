@@ -66,7 +66,18 @@ def test_a_run_on_part_of_the_train_split_says_how_many_images_it_saw(script, tm
     script.main("digits", run=tmp_path / "run", hardware="an abacus", trained_on=part, out=tmp_path)
     text = (tmp_path / "digits.md").read_text()
     assert "45 of the 1,258 images of the train split" in text and "train FILE " in text
+    assert "the last 200 test images: " in text  # the calibration split is that of the whole train split
     assert zoo.load(tmp_path / "digits.safetensors").provenance["dataset"] == "digits"
+
+
+def test_a_card_tells_the_images_of_the_last_run_from_those_of_all(script, tmp_path):
+    data, part = datasets.load("digits"), tmp_path / "part.npz"
+    np.savez(part, x_train=data.x_train[:50], x_test=data.x_test[:5])
+    train("digits", tmp_path / "first", *DENSITY)
+    train(part, tmp_path / "run", *DENSITY, "--start-from", str(tmp_path / "first" / "model.safetensors"))
+    script.main("digits", run=tmp_path / "run", hardware="an abacus", trained_on=part, out=tmp_path)
+    text = (tmp_path / "digits.md").read_text()
+    assert "the 1,258 images of the train split" in text and "in the last run on 45 of them" in text
 
 
 def test_a_run_that_has_not_finished_is_bundled_from_its_checkpoint(script, tmp_path):
