@@ -164,7 +164,11 @@ def _own_is_current() -> bool:
 
 
 def _leave() -> None:
-    if _own is not None and _own_is_current():
+    """Destroy the own group while the interpreter still runs: gloo's threads, if they end later, abort the process."""
+    global _own, _own_world
+    own, current = _own, _own_is_current()
+    _own = _own_world = None  # torch ends the threads with the last reference to the group
+    if own is not None and current:
         with suppress(dist.DistError):  # where another process hosts the store, it may be gone
-            _own.leave()
+            own.leave()
         dist.destroy_process_group()

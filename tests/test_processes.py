@@ -81,6 +81,27 @@ def test_a_process_that_has_ended_is_not_waited_for(tmp_path):
     assert "refused: 1 of 2 processes ended while process 0 waits" in done.stdout
 
 
+THREADS = """
+from pathlib import Path
+import torch
+from art_pixeldefend import processes
+def threads():
+    return sorted(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))
+processes.process_group()
+torch.distributed.all_reduce(torch.ones(1))
+assert any("gloo" in name for name in threads()), threads()
+processes._leave()
+assert not any("gloo" in name for name in threads()), threads()
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="threads are counted under /proc")
+def test_no_thread_of_the_group_is_left_when_the_interpreter_ends(tmp_path):
+    """A thread that takes the interpreter's lock after that ends the process with SIGABRT."""
+    done = two_processes(tmp_path, THREADS)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_without_torchrun_a_process_is_alone():
     group = process_group()
     assert (group.rank, group.world_size, group.gather("x")) == (0, 1, ["x"])
