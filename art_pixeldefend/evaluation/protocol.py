@@ -78,7 +78,7 @@ class Subject:
         purifiers: all :class:`Purifier` in front of the classifier and inside its modules.
         outputs: logits of the first images, of one draw.
         stochastic: whether two passes over the first images, or over others close to them, differ.
-        eight_bit: whether ``x`` holds 8-bit images; attacks then return such images, too.
+        eight_bit: whether ``x`` holds 8-bit images; all attacks but AutoAttack then return such images, too.
 
     Raises:
         ValueError: naming ``model`` or ``purifier``, if it is not as described.
@@ -179,8 +179,8 @@ class Planned:
         threat: what it sees and does.
         run: returns attacked images, and facts to report, for (subject, x, y, threat, ball, seed). The fact ``"late"``
             is a mask (N,) of the images that were first fooled in the second half of the attack's steps.
-        survivors: whether it starts from what the attacks before it found, and so attacks only what is left; if it
-            sees everything, from what those that see everything found.
+        survivors: whether it attacks only images that no attack before it has made wrong in every draw; if it sees
+            everything, that no attack that sees everything has.
         settings: what else its images follow from; JSON-serialisable.
     """
 

@@ -26,6 +26,8 @@ class SoftWindow(torch.autograd.Function):
         m_i = sum over z of z w_i(z) / sum over z of w_i(z),
         w_i(z) = P(z | p before i) sigmoid((eps - (z - x_i)) / EDGE) sigmoid((eps + (z - x_i)) / EDGE).
 
+    z runs over every fourth level, from x_i - eps - 3 EDGE to x_i + eps + 3 EDGE; each one that is out of range counts
+    as another level 0 or 255.
     m_i depends on x_i directly, through the window, and on all earlier sub-pixels of x through p, implicitly. Of the
     implicit dependence one step is followed: d m_i / d x = direct_i + sum over j of (d m_i / d p_j) direct_j.
     The backward pass costs one forward and one backward pass of the density model. Images that are returned as they

@@ -6,9 +6,12 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
+
+from art_pixeldefend import PixelDefend, datasets
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -90,3 +93,30 @@ def test_the_readmes_headline_is_what_the_results_say(rows):
                 and row["classifier"].endswith("resnet") == (kind == "normal")
             ]  # fmt: skip
             assert found and f"{min(found):.1f}" == value
+
+
+def test_a_variant_stands_beside_pixel_defend_on_the_same_images(script, rows):
+    plain = next(row for row in rows if row["defence"] == script.PLAIN and row["budget"] == "quick")
+    count = plain["images"] // 2
+    right = [hits[:count] for hits in plain["right_draws"].values()]
+    variant = plain | {"defence": script.VARIANTS[0].name, "images": count}
+    last_cell = script.variants([*rows, variant]).splitlines()[-1].split("|")[-2]
+    assert float(last_cell) == pytest.approx(100 * np.min(right, 0).mean(), abs=0.06)
+
+
+def test_each_image_is_purified_with_one_of_the_random_radii(script):
+    x = datasets.load("digits").x_test[:12]
+    purifier = script.RandomRadius(clip_values=(0, 255), pixel_cnn="digits")
+    each = {eps: PixelDefend((0, 255), eps, "digits")(x)[0] for eps in (16, 32, 48, 64)}
+    with purifier.drawing(1, range(len(x))):
+        purified, _ = purifier(x)
+        again, _ = purifier(x)
+    assert np.array_equal(purified, again)
+    chosen = [{eps for eps, images in each.items() if np.array_equal(images[i], purified[i])} for i in range(len(x))]
+    assert all(chosen) and len(set.union(*chosen)) > 1 and not set.intersection(*chosen)
+
+
+def test_noise_is_added_before_the_image_is_purified(script):
+    x = datasets.load("digits").x_test[:4].astype(np.float32) / 255
+    purified = [script.NoisyPixelDefend(eps=8, pixel_cnn="digits")(x)[0] for _ in range(2)]
+    assert not np.array_equal(*purified) and max(np.abs(p - x).max() for p in purified) > 9 / 255
