@@ -282,17 +282,21 @@ class _Search:
                 points, where, attack.eot, (run, step), targets=towards, gradient=not last, noise=noise
             )
             self.losses[run, step, where] = found.loss
-            self._select(points, where, found, run * attack.steps + step)
+            self._select(points, where, found, run * attack.steps + step, last)
             bar.update(not last)
             if not last:
                 going = self.best.rate[where] < 1
                 active = active[going]
                 ascent.move(active, found[going], step)
 
-    def _select(self, points: Tensor, index: Tensor, found: Evaluation, steps: int) -> None:
-        """Keep images that are better than the best so far, judged by other draws than the gradient's if there are."""
+    def _select(self, points: Tensor, index: Tensor, found: Evaluation, steps: int, last: bool) -> None:
+        """Keep images that are better than the best so far.
+
+        Where there are selection draws, they judge images of the largest margin so far, and the ``last`` of every run:
+        one lucky draw of the gradient's must not keep all later images from being judged.
+        """
         if self.selection_draws is not None:
-            chosen = (found.margin > self.promise[index]) | (self.attack.noise > 0)
+            chosen = (found.margin > self.promise[index]) | (self.attack.noise > 0) | last
             points, index = points[chosen], index[chosen]
             self.promise[index] = self.promise[index].maximum(found.margin[chosen])
             if not len(index):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from art_pixeldefend import PurifiedModel
-from art_pixeldefend.attacks import AdaptivePGD, losses
+from art_pixeldefend.attacks import AdaptivePGD, adaptive_pgd, losses
 from art_pixeldefend.purifiers.base import Purifier
 
 SHAPE = (1, 6, 6)
@@ -219,6 +219,22 @@ def test_the_success_rate_is_that_of_fresh_draws():
     fresh = np.mean([labels(estimator, attacked) != y for _ in range(200)], 0)
     assert np.abs(fresh - attack.success_rate).mean() < 0.05
     assert fresh.mean() > np.mean([labels(estimator, x) != y for _ in range(200)]) + 0.1
+
+
+def test_the_last_image_of_a_run_is_judged_even_if_draws_of_an_earlier_one_were_lucky(monkeypatch):
+    estimator, x = classifier([AddNoise()]), images(20)
+    y = labels(classifier(), x)
+    begin = adaptive_pgd._Search.__init__
+
+    def lucky(search, *arguments):
+        begin(search, *arguments)
+        search.promise.fill_(torch.inf)
+
+    monkeypatch.setattr(adaptive_pgd._Search, "__init__", lucky)
+    attack = AdaptivePGD(estimator, eps=0.1, steps=10, eot=2, seed=0)
+    attacked = attack.generate(x, y)
+    assert (attack.fallen_at == 10).any() and set(attack.fallen_at) <= {-1, 0, 10}
+    assert np.abs(attacked - x).max() > 0.05
 
 
 def test_an_attacker_who_knows_the_seed_sees_the_draws_of_prediction():
