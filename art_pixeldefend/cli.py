@@ -563,11 +563,15 @@ def evaluate(
     with _argument("DATA"):
         found = datasets.load(data, data_dir)
     x, y = from_levels(found.x_test[:images], UNIT), found.y_test[:images]
+    if ":" in classifier:
+        sys.path.insert(0, str(Path.cwd()))  # for MODULE:FUNCTION
     model = classifiers.load_module(classifier, weights)
     path = f"{purifiers.__name__}.{defence}" if defence in purifiers.__all__ else defence
     purifier = None if defence == "none" else preprocessor([(path, _assignments(option))])
     if eps is None and norm == "L2":
         raise ValueError("--eps must be given for L2")
+    if eps is not None and norm == "Linf" and 0 < eps < 1:
+        raise ValueError(f"--eps must be in levels of 0..255 for Linf, got {eps:g}; for 8/255 pass 8")
     radius = (8.0 if eps is None else eps) / (255 if norm == "Linf" else 1)
     others = found.x_train if len(found.x_train) else found.x_test[images:]
     if not len(others) and budget != "quick":

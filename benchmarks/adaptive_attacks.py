@@ -277,7 +277,7 @@ def paired(cells: list[dict[str, Any]]) -> str:
         more, fewer, p = mcnemar(with_it - without)
         difference = f"{100 * (with_it - without).mean():+.1f}"
         rows.append([f"{cell['classifier']} + {cell['defence']}", cell["eps"], difference, more, fewer, f"{p:.3f}"])
-    head = ["defence", "radius", "difference", "withstand only with it", "only without it", "p (exact McNemar)"]
+    head = ["defence", "radius", "difference", "right only with it", "only without it", "p (exact McNemar)"]
     return markdown_table(head, rows, left=1) if rows else ""
 
 
@@ -315,11 +315,13 @@ def head(facts: dict[str, Any]) -> str:
 {facts["date"]}, {facts["hardware"]}.
 Accuracy in percent; an image is lost if any attack of the pool finds an 8-bit image within the radius, in levels,
 that the defence misclassifies. Every attack gets the images that withstood those before it. The JSON file lists the
-attacks one by one, with their arguments and the accuracy that they left. Every figure is an upper bound. The pair of
-adversarially trained classifier and PixelDefend is one network on 100 images, on which variants of the defence had been
-compared before. Within 25 levels it was attacked with identity and implicit gradients (5 starts each), a surrogate's
-gradients (1 start), Square (5,000 queries) and AutoAttack's APGD and targeted APGD with identity gradients. The
-classifier alone was not attacked by AutoAttack. Within 8 levels there was no Square, and there were no 5 starts.
+attacks one by one, with their arguments and the accuracy that they left. Every figure is an upper bound.
+
+PixelDefend with the adversarially trained classifier was attacked as one network and on 100 images that had already
+served to compare defences, so that its figures may be optimistic. Within 25 levels it was attacked with identity and
+implicit gradients (5 starts each), a surrogate's gradients (1 start), Square (5,000 queries), and AutoAttack's APGD and
+targeted APGD with identity gradients. The classifier alone got 5 starts and Square, but not AutoAttack. Within 8 levels
+there was no Square, and there were no 5 starts.
 
 """
 

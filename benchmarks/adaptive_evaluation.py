@@ -118,7 +118,7 @@ class Defence:
 
 AUTO_ATTACK = (
     "`pyautoattack` on the classifier or `PurifiedModel`, with the identity for the purifier's gradient: APGD on the "
-    "cross-entropy and towards 2 targets, 20 iterations each; beside it the worst case above."
+    "cross-entropy and towards 2 targets, 20 iterations each. *Here*: the worst case above."
 )
 PAIRED = (
     "Worst cases on the same images. Intervals of the difference (95%, bootstrap over images) and p-values are about "
@@ -229,7 +229,7 @@ def percent(value: float) -> float:
 def table(rows: list[dict[str, Any]], eps: int) -> str:
     """The rows of a radius as Markdown."""
     head = ["classifier", "defence", "images", "clean", "blind", "transfer", "BPDA", "exact or implicit", "further"]
-    head += ["Square", "**worst case**", "95% interval", "images/s"]
+    head += ["Square", "**worst case**", "95% interval", "PGD alone", "images/s"]
     lines = []
     for row in rows:
         if row["eps"] != eps:
@@ -245,21 +245,28 @@ def table(rows: list[dict[str, Any]], eps: int) -> str:
         images = f"{row['images']}{'' if row['budget'] == 'quick' else ', ' + row['budget']}"
         rate = row["purified_per_cpu_second"]
         cells = [kind, row["defence"], images, *cells, f"**{accuracy['worst case']:.1f}**"]
-        cells += [f"{low_high[0]:.1f} to {low_high[1]:.1f}", "" if rate is None else f"{rate:.0f}"]
+        alone = trained_alone(row, rows)
+        cells += [f"{low_high[0]:.1f} to {low_high[1]:.1f}", "" if alone is None else f"{alone:.1f}"]
+        cells += ["" if rate is None else f"{rate:.0f}"]
         lines.append(cells)
     return markdown_table(head, lines, left=2)
 
 
-def no_better_than_training(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
-    """The alarm about a defence that is no more robust than the adversarially trained classifier on the same images."""
+def trained_alone(row: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:
+    """The worst case of the adversarially trained classifier alone, on a defence's images, in percent."""
     for other in rows:
         same = all(other[key] == row[key] for key in ("eps", "budget")) and other["images"] >= row["images"]
         if same and other["defence"] == "none" != row["defence"] and other["classifier"] != NORMAL:
-            right = np.min([counts[: row["images"]] for counts in other["right_draws"].values()], axis=0)  # of one draw
-            trained = percent(right.mean())
-            text = f"no better than the classifier trained on PGD, {trained:.1f}, alone"
-            return [text] if trained >= row["accuracy"]["worst case"] else []
-    return []
+            return percent(np.min([counts[: row["images"]] for counts in other["right_draws"].values()], axis=0).mean())
+    return None
+
+
+def no_better_than_training(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    """The alarm about a defence that is no more robust than the adversarially trained classifier on the same images."""
+    alone = trained_alone(row, rows)
+    if alone is None or alone < row["accuracy"]["worst case"]:
+        return []
+    return [f"no better than the classifier trained on PGD, {alone:.1f}, alone"]
 
 
 def paired(rows: list[dict[str, Any]]) -> str:
@@ -321,27 +328,29 @@ random defence. "standard": 50 steps of BPDA, 50 of the other gradients, 40 of t
 is an **upper bound**: a stronger attack may find more.
 
 - *blind*: the papers' way, BIM on the classifier without its defence, last iterates.
-- *transfer*: AdaptivePGD on the classifier without its defence. It stops at the first image that fools that
-  classifier, and so it is weak.
+- *transfer*: AdaptivePGD on the classifier without its defence. It stops once that classifier is fooled, so that its
+  images often do not survive purification.
 - *BPDA*: AdaptivePGD through the defence, whose gradient is taken for the identity (for no defence: its own gradient).
-- *exact or implicit*: AdaptivePGD with such a gradient of the purifier; for `ManifoldProjection` the least accuracy
-  under these and under LatentAttack, which searches the generator's latents, and for Adaptive PixelDefend under these
-  and under DetectorAware, which makes images below the threshold, which are not purified. In "quick" they attack
-  only images that no attack through the defence has made wrong before, in every draw of a random one.
-- *further*: AdaptivePGD on images not found before: towards the most likely wrong classes with the DLR loss, and in
-  "standard" also with the gradients of a network that imitates the purifier, with the margin loss, and with twice the
-  steps.
-- *Square* uses no gradient. It attacks only images that no attack has found before; the column counts those as wrong,
-  so that for deterministic defences it is the worst case. `ManifoldProjection` and `DeepImagePrior` are too slow for
-  it.
+- *exact or implicit*: AdaptivePGD with such a gradient of the purifier. For `ManifoldProjection` the least accuracy
+  under these and under LatentAttack, which searches the generator's latents. For Adaptive PixelDefend the least under
+  these and under DetectorAware, which makes images below the threshold, which therefore are not purified. In "quick"
+  these attacks run only on images that are still right in some draw after the attacks through the defence.
+- *further*: more AdaptivePGD on images that are still right: with the DLR loss towards the most likely wrong classes;
+  in "standard" also with the gradients of a network that imitates the purifier, with the margin loss, and with twice
+  the steps.
+- *Square* uses no gradient. It runs on images that no other attack has broken. The column counts all broken images, so
+  that for deterministic defences it is the worst case; for random ones it counts an image by Square's result alone if
+  some draw was right before. `ManifoldProjection` and `DeepImagePrior` are too slow for it.
 - *worst case*: each image under the attack that is strongest on it, with Clopper-Pearson intervals. For random
-  defences an accuracy is the mean over 10 fresh draws per image, which the attacks have not seen. So few draws do not
-  tell which attack is strongest on an image; the worst case is then that of the strongest attack on all of them.
+  defences an accuracy is the mean over 10 fresh draws per image, which the attacks have not seen. Half of the draws
+  choose an image's attack and the others count. If a single attack is stronger than that, it is the worst case.
+- *PGD alone*: the worst case of the classifier trained on PGD without a defence, on the same images, under the same
+  budget.
 - *PGD-8*, *PGD-25*: classifiers trained on PGD within 8 and 25 levels.
 - *images/s*: purified in a second of CPU time of one thread.
 - Adaptive PixelDefend has a threshold of its own in every row, chosen on 200 images of the calibration split under
-  blind attacks; the JSON file states it.{facts["missing"]}
-
+  blind attacks; the JSON file states it.
+{facts["missing"]}
 """
 
 
@@ -386,9 +395,10 @@ def publish(rows: list[dict[str, Any]], results: Path) -> None:
         key=lambda row: (row["eps"], order[row["defence"]], row["classifier"] != NORMAL, BUDGETS.index(row["budget"])),
     )
     measured = {(row["defence"], row["eps"]) for row in rows}
-    missing = [f"{d.name} within {eps} levels" for eps in RADII for d in DEFENCES if (d.name, eps) not in measured]
+    wanted = [(defence.name, eps) for eps in RADII for defence in DEFENCES if defence not in VARIANTS]
+    missing = [f"{name} within {eps} levels" for name, eps in wanted if (name, eps) not in measured]
     facts = {
-        "missing": f" Not measured: {'; '.join(missing)}." if missing else "",
+        "missing": f"- Not measured: {'; '.join(missing)}.\n" if missing else "",
         "command": "python benchmarks/adaptive_evaluation.py --work FOLDER", "date": date.today().isoformat(),
         "hardware": runner.hardware(), "versions": runner.versions(),
     }  # fmt: skip

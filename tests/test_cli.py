@@ -610,7 +610,8 @@ def test_a_state_dict_and_an_import_path_are_evaluated(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(
         "from torch import nn\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.chdir(tmp_path)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
     with torch.no_grad():
         model[1].weight.zero_(), model[1].bias.copy_(torch.arange(10.0))  # always nine
@@ -631,6 +632,7 @@ def test_a_state_dict_and_an_import_path_are_evaluated(tmp_path, monkeypatch):
         (("--classifier", "torch.nn:Identity", "--defence", "PixelDefend", "--set", "eps"), "--set must be NAME=VALUE"),
         (("--classifier", "torch.nn:Flatten", "--norm", "L7"), "--norm must be"),
         (("--classifier", "torch.nn:Flatten", "--images", "0"), "--images must be"),
+        (("--classifier", "torch.nn:Flatten", "--eps", "0.03"), "for 8/255 pass 8"),
     ],
 )
 def test_wrong_arguments_of_an_evaluation_are_named(arguments, error):

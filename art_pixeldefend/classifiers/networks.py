@@ -171,7 +171,7 @@ def load_module(source: str, weights: str | PathLike[str] | None = None) -> nn.M
         try:
             return torch.jit.load(source, map_location="cpu").eval()
         except RuntimeError as error:
-            raise ValueError(f"classifier {source!r} is not a TorchScript file") from error
+            raise ValueError(f"classifier {source!r} is not a TorchScript file, as torch.jit.save makes") from error
     if not imported:
         return load(source)
     try:

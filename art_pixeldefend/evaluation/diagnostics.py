@@ -42,8 +42,8 @@ class Finding:
     text: str
 
     def __str__(self) -> str:
-        kind = {True: "WARNING", False: "no alarm", None: "not checked"}[self.alarm]
-        return f"{kind}: {self.name}: {self.text}"
+        kind = {True: "WARNING", False: "no alarm for", None: "not checked"}[self.alarm]
+        return f'{kind}: "{self.name}": {self.text}'
 
 
 @dataclass(frozen=True)

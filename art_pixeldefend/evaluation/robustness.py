@@ -19,6 +19,7 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from art_pixeldefend.attacks.budget import scalar_clip_values
 from art_pixeldefend.attacks.through import NORMS
 from art_pixeldefend.attacks.training import frozen
 from art_pixeldefend.classifiers.training import seeded
@@ -31,6 +32,7 @@ from art_pixeldefend.evaluation.store import Store
 from art_pixeldefend.evaluation.table import markdown_table
 from art_pixeldefend.evaluation.threat import Threat
 from art_pixeldefend.files import write_atomically
+from art_pixeldefend.levels import LEVELS, UNIT
 from art_pixeldefend.models.base import evaluation_mode
 from art_pixeldefend.validation import check_choice, check_count, check_labels, check_number
 
@@ -264,7 +266,7 @@ def evaluate_robustness(
         model: a module from images in [0, 1] to logits, or an ART classifier with clip values, which may have defences.
         purifier: a :class:`Purifier`, any other ART preprocessor, or None.
         x: images (N, C, H, W), in [0, 1] or in the classifier's clip values.
-        y: their classes (N,).
+        y: their classes (N,), or one-hot.
         eps: radius of the attacks, in the units of ``x``.
         norm: ``"Linf"`` or ``"L2"``.
         budget: ``"quick"``, ``"standard"``, ``"full"``, or attacks of your own.
@@ -302,16 +304,23 @@ def evaluate_robustness(
     ball, seed = Ball(check_number("eps", eps), check_choice("norm", norm, NORMS)), check_count("seed", seed, 0)
     if not isinstance(model, (nn.Module, PyTorchClassifier)):
         raise ValueError(f"model must be a torch module or an ART PyTorchClassifier, got {type(model).__name__}")
+    if isinstance(model, nn.Module) and images.ndim != 4:
+        raise ValueError(f"x must be images (N, C, H, W), got shape {images.shape}")
+    low, high = UNIT if isinstance(model, nn.Module) else scalar_clip_values(model)
+    if images.min() < low - 1e-6 or images.max() > high + 1e-6:
+        raise ValueError(f"x must be in {low:g}..{high:g}, got {images.min():g}..{images.max():g}")
+    if norm == "Linf" and ball.eps > high - low:
+        level = 8 * (high - low) / (LEVELS - 1)
+        raise ValueError(f"eps must be at most {high - low:g}, the range of x, got {eps!r}; 8 levels are {level:.4g}")
     with evaluation_mode(model.model if isinstance(model, PyTorchClassifier) else model):
         subject = Subject(model, purifier, images, check_count("batch_size", batch_size), surrogate_images)
-        low, high = subject.clip_values
-        if images.min() < low - 1e-6 or images.max() > high + 1e-6:
-            raise ValueError(f"x must be in {low:g}..{high:g}, got {images.min():g}..{images.max():g}")
         if baseline is not None and (
             not np.array_equal(baseline.y, labels) or baseline.settings["radius"] != ball.text
         ):
             raise ValueError(f"baseline must be an evaluation of the same images within {ball.text}")
         attacks = plan(subject, budget, ball, eot) if isinstance(budget, str) else list(budget)
+        if labels.max() >= subject.defended.nb_classes:
+            raise ValueError(f"y must be in 0..{subject.defended.nb_classes - 1}, got {labels.max()}")
         if draws is None:
             draws = 50 if budget in BUDGETS[1:] else 10
         if subject.stochastic and check_count("draws", draws, 2) % 2:

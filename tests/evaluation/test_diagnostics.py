@@ -240,6 +240,6 @@ def test_a_baseline_that_is_as_robust_raises_an_alarm(undefended):
 
 def test_a_finding_says_in_one_line_whether_it_is_an_alarm():
     finding = diagnostics.Finding("random output", True, "two passes differ")
-    assert str(finding) == "WARNING: random output: two passes differ"
-    assert str(replace(finding, alarm=False)).startswith("no alarm: ")
+    assert str(finding) == 'WARNING: "random output": two passes differ'
+    assert str(replace(finding, alarm=False)).startswith('no alarm for: "random output"')
     assert str(replace(finding, alarm=None)).startswith("not checked: ")

@@ -460,7 +460,8 @@ def plan_of_pgd():
     ("arguments", "name"),
     [
         ({"model": "resnet"}, "model"), ({"purifier": "pixeldefend"}, "purifier"), ({"norm": "L1"}, "norm"),
-        ({"budget": "huge"}, "budget"), ({"eps": -1}, "eps"), ({"seed": -1}, "seed"), ({"count": 0}, "x must"),
+        ({"budget": "huge"}, "budget"), ({"eps": -1}, "eps"), ({"eps": 8}, "8 levels are 0.03137"),
+        ({"seed": -1}, "seed"), ({"count": 0}, "x must"),
         ({"batch_size": 0}, "batch_size"), ({"purifier": AddNoise(), "draws": 3}, "draws"),
         ({"budget": [plan_of_pgd(), plan_of_pgd()]}, "budget"),
         ({"baseline": Evaluation(np.zeros(3), {}, [], {})}, "baseline"),
@@ -473,9 +474,18 @@ def test_wrong_arguments_are_named(arguments, name, evaluate):
         evaluate(**arguments)
 
 
-def test_images_outside_the_range_are_refused(digits_images, nearest_mean):
-    with pytest.raises(ValueError, match="x must be in"):
-        evaluate_robustness(nearest_mean, None, 255 * digits_images[0], digits_images[1], verbose=False)
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda x, y: (255 * x, y), r"x must be in 0\.\.1"),
+        (lambda x, y: (x[:, 0], y), r"x must be images \(N, C, H, W\)"),
+        (lambda x, y: (x, y + 10), r"y must be in 0\.\.9"),
+    ],
+)  # fmt: skip
+def test_images_and_labels_that_do_not_fit_the_classifier_are_refused(change, error, digits_images, nearest_mean):
+    x, y = change(*digits_images)
+    with pytest.raises(ValueError, match=error):
+        evaluate_robustness(nearest_mean, AddNoise(), x, y, verbose=False)
 
 
 def test_results_are_plain_json_without_nan(noisy):
