@@ -164,7 +164,7 @@ def _own_is_current() -> bool:
 
 
 def _leave() -> None:
-    """Destroy the own group while the interpreter still runs: gloo's threads, if they end later, abort the process."""
+    """Destroy the own group while the interpreter still runs: gloo's threads that end later can abort the process."""
     global _own, _own_world
     own, current = _own, _own_is_current()
     _own = _own_world = None  # torch ends the threads with the last reference to the group

@@ -129,9 +129,9 @@ PAIRED = (
 OF_VARIANTS = (
     "A screening under short attacks. Beside each variant the worst case of PixelDefend, eps 32, on the same images, "
     "with the same classifier and budget. *tuned*: the classifier was trained for 200 more steps on purified training "
-    "images, which were not attacked. *noise*: Gaussian noise of 16 "
-    "levels is added first. *random eps*: 16, 32, 48 or 64 levels, drawn for each image. The last two are random: "
-    "their accuracy is that of a single draw, and attacks average over 4 draws."
+    "images, which were not attacked. *noise*: Gaussian noise of 16 levels is added first. *random eps*: 16, 32, 48 or "
+    "64 levels, drawn for each image. The last two are random: their accuracy is that of a single draw, and attacks "
+    "average over 4 draws."
 )
 VARIANTS = (
     Defence("PixelDefend, eps 64", lambda *_: PixelDefend(eps=64, pixel_cnn="fashion-mnist"), 100),
