@@ -227,8 +227,10 @@ class Stages:
             raise ValueError(f"defence {path!r} has no method calibrate, which {CALIBRATED!r} asks for")
         undefended, (x, y) = row.classifier, self.splits["reserve"]
         attacked = {
-            f"{attack} {eps}": self.attacked(Cell(undefended, attack, eps), 0, len(x), "reserve")
-            for attack in self.grid.attacks
+            f"within {eps} levels": {
+                attack: self.attacked(Cell(undefended, attack, eps), 0, len(x), "reserve")
+                for attack in self.grid.attacks
+            }
             for eps in self.grid.eps_of(row)
         } | {CLEAN: self.clean(0, len(x), "reserve")}
         with seeded(self.grid.seed):
@@ -238,7 +240,7 @@ class Stages:
         return {
             "classifier": self.training(row), "defence": self._key([step]), "eps": list(self.grid.eps_of(row)),
             "images": ["reserve", len(self.splits["reserve"][1])],
-            "attacks": [attack_key(attack) for attack in self.grid.attacks],
+            "attacks": [attack_key(attack) for attack in self.grid.attacks], "version": 2,
         }  # fmt: skip
 
     def calibrated(self, row: Row) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -79,7 +79,9 @@ class AdaptivePixelDefend(PixelDefend):
         result[unlikely] = super().purify_levels(levels[unlikely])
         return result
 
-    def calibrate(self, classifier: Any, attacked: Mapping[str, np.ndarray], y: np.ndarray) -> float:
+    def calibrate(
+        self, classifier: Any, attacked: Mapping[str, np.ndarray | Mapping[str, np.ndarray]], y: np.ndarray
+    ) -> float:
         """Choose ``threshold`` on validation images, set it and return it (Song et al. 2018, appendix B).
 
         The paper takes the least likelihood above which returning images as they are does not lower the accuracy under
@@ -93,8 +95,9 @@ class AdaptivePixelDefend(PixelDefend):
         Args:
             classifier: an ART classifier without a purifier.
             attacked: validation images under each attack, by the attack's name, in the classifier's layout and range.
-                Images under the name "clean" are not taken for an attack: if more than half of them were not purified,
-                a warning says so.
+                A dictionary of attacks in the place of images, for example those within one radius, has a strongest
+                attack of its own: the threshold must not lower the accuracy under any of these. Images under the name
+                "clean" are not taken for an attack: if more than half of them were not purified, a warning says so.
             y: their labels, as class numbers (N,) or one-hot (N, classes).
 
         Returns:
@@ -110,9 +113,15 @@ class AdaptivePixelDefend(PixelDefend):
             isinstance(defence, Purifier) for defence in defences
         ):
             raise ValueError("classifier must not purify images itself, or none is classified as it is")
-        if not isinstance(attacked, Mapping) or not set(attacked) - {CLEAN}:
+        given = {
+            (group, name): _as_given(x)
+            for group, named in (attacked.items() if isinstance(attacked, Mapping) else ())
+            for name, x in (named if isinstance(named, Mapping) else {"": named}).items()
+        }
+        clean = (CLEAN, "")
+        names = [name for name in given if name != clean]
+        if not names:
             raise ValueError(f"attacked must hold images by the name of at least one attack, got {type(attacked)}")
-        given = {name: _as_given(x) for name, x in attacked.items()}
         labels = check_labels("y", y)
         if not len(labels) or any(len(x) != len(labels) for x in given.values()):
             raise ValueError(
@@ -127,16 +136,16 @@ class AdaptivePixelDefend(PixelDefend):
         if any(np.isnan(values).any() for values in bits.values()):
             raise ValueError("pixel_cnn must give numbers of bits per dimension, got NaN")
 
-        def is_right(name: str, levels: Tensor) -> np.ndarray:
+        def is_right(name: tuple[str, str], levels: Tensor) -> np.ndarray:
             predicted = classifier.predict(images.from_levels(levels, like=given[name]).numpy())
             return predicted.argmax(axis=1) == labels
 
-        names = [name for name in levels if name != CLEAN]
+        groups = [group if attack else "" for group, attack in names]  # attacks by themselves are one group
         kept = [is_right(name, levels[name]) for name in names]
         purified = [is_right(name, super(AdaptivePixelDefend, self).purify_levels(levels[name])) for name in names]
         attacked_bits = np.array([bits[name] for name in names])
-        self.threshold = largest_harmless_threshold(attacked_bits, np.array(kept), np.array(purified))
-        if CLEAN in bits and (share := (bits[CLEAN] < self.threshold).mean()) > 0.5:
+        self.threshold = largest_harmless_threshold(attacked_bits, np.array(kept), np.array(purified), groups)
+        if clean in bits and (share := (bits[clean] < self.threshold).mean()) > 0.5:
             warnings.warn(
                 f"{share:.0%} of the clean images have fewer bits per dimension than the threshold "
                 f"{self.threshold:.3f} and are not purified; neither are attacked images as likely as those",
@@ -161,13 +170,16 @@ def _as_given(x: Any) -> Tensor:
     return as_tensor(x) if isinstance(x, np.ndarray) else as_tensor(x).float()
 
 
-def largest_harmless_threshold(bits: np.ndarray, kept: np.ndarray, purified: np.ndarray) -> float:
-    """The largest threshold for which the accuracy under the strongest attack is at least that without a threshold.
+def largest_harmless_threshold(
+    bits: np.ndarray, kept: np.ndarray, purified: np.ndarray, groups: Sequence[str]
+) -> float:
+    """The largest threshold for which the accuracy under each strongest attack is at least that without a threshold.
 
     Args:
         bits: bits per dimension (attacks, N).
         kept: whether each image is classified correctly as it is, (attacks, N).
         purified: whether it is classified correctly when purified, (attacks, N).
+        groups: the group of each attack, (attacks,); each has a strongest attack.
 
     Returns:
         One of ``bits``, or 0.
@@ -183,5 +195,6 @@ def largest_harmless_threshold(bits: np.ndarray, kept: np.ndarray, purified: np.
             for a in range(len(bits))
         ]
     )
-    harmless = correct.min(axis=0) >= purified.sum(axis=1).min()
-    return float(candidates[harmless].max(initial=0.0))
+    members = [np.array(groups) == group for group in set(groups)]
+    harmless = [correct[group].min(axis=0) >= purified[group].sum(axis=1).min() for group in members]
+    return float(candidates[np.all(harmless, axis=0)].max(initial=0.0))

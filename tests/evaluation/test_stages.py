@@ -48,7 +48,7 @@ def test_thresholds_are_chosen_on_test_images_that_no_model_has_seen_and_no_tabl
     stages.threshold(ADAPTIVE, grid.defences["adaptive-pixeldefend"][0])
     ((attacked, y),) = seen
     reserve = data.reserve()
-    assert np.allclose(attacked["rand 40"] * 255, reserve.x[:6]) and np.array_equal(y, reserve.y[:6])
+    assert np.allclose(attacked["within 40 levels"]["rand"] * 255, reserve.x[:6]) and np.array_equal(y, reserve.y[:6])
     x_train = stages.splits["train"][0]
     assert np.array_equal(x_train, data.train_and_calibration().x[:-6])  # as the published classifiers
 

@@ -426,12 +426,15 @@ def test_the_calibrated_threshold_is_the_largest_that_does_not_hurt_the_stronges
         )
 
     bits, alone, purified = table(st.integers(1, 6)).astype(float), table(st.booleans()), table(st.booleans())
+    groups = data.draw(st.lists(st.sampled_from("ab"), min_size=attacks, max_size=attacks))
 
     def strongest(threshold):
-        return np.where(bits < threshold, alone, purified).sum(axis=1).min()
+        right = np.where(bits < threshold, alone, purified).sum(axis=1)
+        return {group: min(n for n, other in zip(right, groups, strict=True) if other == group) for group in groups}
 
-    harmless = [t for t in np.unique(bits) if strongest(t) >= strongest(0.0)]
-    assert largest_harmless_threshold(bits, alone, purified) == max(harmless, default=0.0)
+    before = strongest(0.0)
+    harmless = [t for t in np.unique(bits) if all(n >= before[group] for group, n in strongest(t).items())]
+    assert largest_harmless_threshold(bits, alone, purified, groups) == max(harmless, default=0.0)
 
 
 def test_calibration_does_not_lower_the_accuracy_under_the_strongest_attack(pixel_cnn, make_levels):
@@ -454,9 +457,30 @@ def test_calibration_does_not_lower_the_accuracy_under_the_strongest_attack(pixe
     assert strongest(defence) >= before
 
 
+def test_calibration_does_not_lower_the_accuracy_under_the_strongest_attack_of_any_group(pixel_cnn, make_levels):
+    clean, bare = in_range(make_levels(20, SHAPE), (0, 1)), classifier()
+    y = bare.predict(clean).argmax(axis=1)
+    rng = np.random.default_rng(0)
+    groups = {
+        f"within {e}": {"noise": np.clip(clean + rng.integers(-e, e + 1, clean.shape) / 255, 0, 1).astype(np.float32)}
+        for e in (4, 30)
+    }
+
+    def right(threshold, x):
+        defence = AdaptivePixelDefend(eps=16, pixel_cnn=pixel_cnn, threshold=threshold)
+        return (classifier([defence], bare.model).predict(x).argmax(axis=1) == y).sum()
+
+    threshold = AdaptivePixelDefend(eps=16, pixel_cnn=pixel_cnn).calibrate(bare, groups, y)
+    for attacks in groups.values():
+        assert right(threshold, attacks["noise"]) >= right(0.0, attacks["noise"])
+    flat = {name: attacks["noise"] for name, attacks in groups.items()}
+    one = AdaptivePixelDefend(eps=16, pixel_cnn=pixel_cnn).calibrate(bare, flat, y)
+    assert AdaptivePixelDefend(eps=16, pixel_cnn=pixel_cnn).calibrate(bare, {"all": flat}, y) == one
+
+
 def test_calibration_needs_as_many_labels_as_images(pixel_cnn, levels):
     defence = AdaptivePixelDefend(pixel_cnn=pixel_cnn)
-    for attacked in ({}, {"fgsm": in_range(levels, (0, 1))[:2]}):
+    for attacked in ({}, {"within 8 levels": {}}, {"fgsm": in_range(levels, (0, 1))[:2]}):
         with pytest.raises(ValueError, match="attacked"):
             defence.calibrate(classifier(), attacked, np.zeros(6, int))
 
