@@ -54,7 +54,7 @@ def store(name: str, network: Any, provenance: dict[str, Any], data: datasets.Da
 def card(name: str, facts: dict[str, Any], data: datasets.Dataset, size: int) -> str:
     """The card of a classifier."""
     channels, height, width = data.image_shape
-    seconds = f"; {facts['cpu_seconds']:.0f} CPU seconds" if facts["cpu_seconds"] else ""
+    seconds = f"; {facts['cpu_seconds']:.0f} CPU seconds" if facts["cpu_seconds"] is not None else ""
     how, limits = f"{facts['steps']:,} steps of {facts['batch_size']} images", ""
     if "start" in facts:
         attack = f"three quarters of every batch attacked by PGD within {facts['delta']} levels, 2 steps, random start"
@@ -122,9 +122,10 @@ def row_of(grid: Grid, row: Row) -> Row:
 
 def export(name: str, row: Row, stages: Stages, line: str, out: Path) -> None:
     """Write a classifier of the table."""
-    began, trained = time.process_time(), stages.trained(row)
+    checkpoint = stages.store.path("classifiers", stages.training(row), ".run")
+    began, whole = time.process_time(), not (stages.trained(row) or checkpoint.is_file())
     network, recipe = stages.model(row), stages.recipe(row)
-    seconds = None if trained else round(time.process_time() - began, 1)
+    seconds = round(time.process_time() - began, 1) if whole else None
     count, left_out = len(stages.splits["train"][0]), stages.grid.validation
     facts: dict[str, Any] = {
         "command": line, "recipe": stages.grid.recipe, "steps": recipe.steps, "batch_size": recipe.batch_size,

@@ -10,6 +10,7 @@ import torch
 import typer
 
 from art_pixeldefend import classifiers, datasets
+from art_pixeldefend.evaluation.grid import Row
 from art_pixeldefend.evaluation.paper.grids import GRIDS
 from art_pixeldefend.evaluation.stages import Stages
 from art_pixeldefend.evaluation.store import Store
@@ -40,6 +41,18 @@ def test_classifiers_are_taken_from_the_folder_of_the_table(script, tmp_path, mo
         assert f"**{100 * classifiers.accuracy(classifiers.as_art(exported), x, y):.2f} %** of the 400 test" in text
         assert f"{2 if technique == 'normal' else 1} steps" in text and str(tmp_path) not in text
     assert "23% of every batch attacked by FGSM within |N(0, 20)| levels" in text
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_card_gives_the_time_of_a_whole_training_only(script, tmp_path, monkeypatch, resumed):
+    monkeypatch.setattr(classifiers, "train", lambda *_, **__: None)
+    stages = Stages(script.table_grid("digits"), datasets.load("digits"), Store(tmp_path))
+    if resumed:
+        path = stages.store.path("classifiers", stages.training(Row("resnet", "normal")), ".run")
+        path.parent.mkdir(parents=True)
+        path.touch()
+    script.main(tmp_path, "digits", name=["digits-resnet"], out=tmp_path)
+    assert ("CPU seconds" in (tmp_path / "digits-resnet.md").read_text()) is not resumed
 
 
 def test_one_may_be_selected_by_its_name(script, tmp_path):

@@ -287,6 +287,7 @@ def test_bundled_classifiers_are_as_accurate_on_some_test_images_as_their_cards_
 
 
 def test_there_are_a_normal_classifier_and_adversarially_trained_ones():
+    assert {"cifar-10-resnet", "cifar-10-resnet-fgsm"} <= set(names())
     assert {"fashion-mnist-resnet", "fashion-mnist-resnet-pgd-8", "fashion-mnist-resnet-pgd-25"} <= set(names())
 
 
