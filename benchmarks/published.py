@@ -224,8 +224,9 @@ def facts_of(stages: Stages) -> dict[str, Any]:
         "thresholds_bits_per_dim": {
             row.name: arguments["threshold"]
             for row in stages.grid.rows
-            if row.defence == "adaptive-pixeldefend" and stages.trained(row) and stages.calibrated(row)
+            if stages.trained(row) and stages.calibrated(row)
             for _, arguments in stages.steps(row)
+            if "threshold" in arguments
         },
         "density_model": Path(stages.grid.models[DENSITY_MODEL]).name,
         "density_model_provenance": density_model_of(stages).provenance,

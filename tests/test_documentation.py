@@ -44,6 +44,21 @@ def test_python_examples_print_what_they_show(capsys):
     assert names["is_adversarial"].mean() > 0.7 and names["report"]["p_values"].shape == (len(x),)
 
 
+def test_the_first_python_example_runs_on_cifar_10(cifar_10, capsys):
+    """With the changes that README tells, on fewer images."""
+    code, text = blocks("python")[0].replace(":300]", ":40]"), README.read_text()
+    for before, after in (
+        ('"fashion-mnist-500"', '"cifar-10"'),
+        ('eps=32, pixel_cnn="fashion-mnist"', 'eps=16, pixel_cnn="cifar-10"'),
+        ('"fashion-mnist-resnet"', '"cifar-10-resnet"'),
+    ):
+        assert f"`{after}`" in text and code.count(before) == 1
+        code = code.replace(before, after)
+    exec(code, {})
+    clean, attacked, purified, defended = map(float, re.findall(r"\d\.\d+", capsys.readouterr().out))
+    assert clean > 0.75 and attacked < 0.1 and purified > 0.6 and defended > attacked + 0.1
+
+
 @pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)
 def test_every_block_of_code_is_tested(page):
     text = page.read_text()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from art_pixeldefend.evaluation.grid import CLEAN, EARLIER_NAMES, Cell, Row
 from art_pixeldefend.evaluation.paper.grids import GRIDS
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+SECTIONS = {"fashion-mnist": "Fashion-MNIST", "cifar-10": "CIFAR-10"}  # of the page
 TABLES = {
     "fashion-mnist": "fashion-mnist",
     "fashion-mnist-10000": "fashion-mnist",
     "fashion-mnist-neighbours": "fashion-mnist",
-    "cifar-10-small": "cifar-10",
+    "cifar-10": "cifar-10",
 }
 
 
@@ -37,11 +39,11 @@ def stored(name):
     return grid, results
 
 
-def accuracies(name, images):
-    """Columns of the page for one row of the Fashion-MNIST grid: accuracies at 8 and 25 levels of its first images."""
-    cells = json.loads((RESULTS / "fashion-mnist.json").read_text())["cells"]
+def accuracies(dataset, name, images):
+    """Columns of the page for one row of a paper's table: accuracies within each radius of its first images."""
+    cells = json.loads((RESULTS / f"{dataset}.json").read_text())["cells"]
     columns = {}
-    for eps in (8, 25):
+    for eps in GRIDS[dataset].eps:
         row = name.format(eps)
         right = {
             cell["attack"]: np.array([bit == "1" for bit in cell["right"][:images]])
@@ -53,27 +55,57 @@ def accuracies(name, images):
         shown |= {"strongest": min(bits.mean() for bits in attacks), "worst": np.all(attacks, axis=0).mean()}
         for column, value in shown.items():
             columns.setdefault(column, []).append(f"{100 * value:.1f}")
-    return [" / ".join(dict.fromkeys(values)) for values in columns.values()]
+    return [" / ".join(values[:1] if len(set(values)) == 1 else values) for values in columns.values()]
 
 
-@pytest.mark.parametrize(
-    ("name", "start"),
-    [
-        ("resnet/normal/none/bare", "| none | - | 1,000 |"),
-        ("resnet/normal/feature-squeezing/through", "| feature squeezing | white-box | 500 |"),
-        ("resnet/normal/pixeldefend/bare", "| PixelDefend | blind | 1,000 |"),
-        ("resnet/normal/pixeldefend/bare", "| PixelDefend | blind | 100 |"),
-        ("resnet/normal/pixeldefend/through", "| PixelDefend | white-box | 100 |"),
-        ("resnet/adversarial-fgsm-delta-{}/adaptive-pixeldefend/bare", "with `delta` 8 and 25 | blind | 1,000 |"),
-        ("resnet/adversarial-fgsm-delta-{}/adaptive-pixeldefend/through", "| the same | white-box | 100 |"),
-        ("resnet/normal/art-pixeldefend/bare", "| blind | 100 | 87.0 |"),
-    ],
-)
-def test_the_page_shows_the_accuracies_of_the_images(name, start):
-    section = (RESULTS.parent / "README.md").read_text().partition("## Fashion-MNIST")[2]
+FGSM = "resnet/adversarial-fgsm"
+SHOWN = [  # data set, row of its table, and how its line of the page begins or goes on
+    ("fashion-mnist", "resnet/normal/none/bare", "| none | - | 1,000 |"),
+    ("fashion-mnist", "resnet/normal/feature-squeezing/through", "| feature squeezing | white-box | 500 |"),
+    ("fashion-mnist", "resnet/normal/pixeldefend/bare", "| PixelDefend | blind | 1,000 |"),
+    ("fashion-mnist", "resnet/normal/pixeldefend/bare", "| PixelDefend | blind | 100 |"),
+    ("fashion-mnist", "resnet/normal/pixeldefend/through", "| PixelDefend | white-box | 100 |"),
+    ("fashion-mnist", f"{FGSM}-delta-{{}}/adaptive-pixeldefend/bare", "with `delta` 8 and 25 | blind | 1,000 |"),
+    ("fashion-mnist", f"{FGSM}-delta-{{}}/adaptive-pixeldefend/through", "| the same | white-box | 100 |"),
+    ("fashion-mnist", "resnet/normal/art-pixeldefend/bare", "| blind | 100 | 87.0 |"),
+    ("cifar-10", "resnet/normal/none", "| none | normal | - |"),
+    ("cifar-10", "resnet/normal/feature-squeezing/white-box", "| feature squeezing | normal | white-box |"),
+    ("cifar-10", "resnet/normal/feature-squeezing/blind", "| feature squeezing | normal | blind |"),
+    ("cifar-10", "resnet/normal/pixeldefend/blind", "| PixelDefend | normal | blind |"),
+    ("cifar-10", "resnet/normal/pixeldefend-24/blind", "| PixelDefend, `eps=24` | normal | blind |"),
+    ("cifar-10", "resnet/normal/pixeldefend/white-box", "| PixelDefend | normal | white-box |"),
+    ("cifar-10", "resnet/normal/pixeldefend-24/white-box", "| PixelDefend, `eps=24` | normal | white-box |"),
+    ("cifar-10", f"{FGSM}/none", "| none | FGSM | - |"),
+    ("cifar-10", f"{FGSM}/pixeldefend/blind", "| PixelDefend | FGSM | blind |"),
+    ("cifar-10", f"{FGSM}/adaptive-pixeldefend/blind", "| Adaptive PixelDefend | FGSM | blind |"),
+    ("cifar-10", f"{FGSM}/adaptive-pixeldefend-24/blind", "| Adaptive PixelDefend, `eps=24` | FGSM | blind |"),
+    ("cifar-10", f"{FGSM}/adaptive-pixeldefend/white-box", "| Adaptive PixelDefend | FGSM | white-box |"),
+    ("cifar-10", f"{FGSM}/adaptive-pixeldefend-24/white-box", "| Adaptive PixelDefend, `eps=24` | FGSM | white-box |"),
+]
+
+
+@pytest.mark.parametrize(("dataset", "name", "start"), SHOWN)
+def test_the_page_shows_the_accuracies_of_the_images(dataset, name, start):
+    section = (RESULTS.parent / "README.md").read_text().partition(f"\n## {SECTIONS[dataset]}\n")[2]
     line = next(line for line in section.splitlines() if start in line)
-    images, *shown, strongest, _, worst = [cell.strip() for cell in line.strip("|").split("|")][2:]
-    assert [*shown, strongest, worst] == accuracies(name, int(images.replace(",", "")))
+    *shown, strongest, _, worst = [cell.strip() for cell in line.strip("|").split("|")]
+    images, *shown = shown[-4:]
+    assert [*shown, strongest, worst] == accuracies(dataset, name, int(images.replace(",", "")))
+
+
+@pytest.mark.parametrize("dataset", SECTIONS)
+def test_the_page_shows_the_accuracies_by_the_radius_of_the_defence(dataset):
+    section = (
+        (RESULTS.parent / "README.md").read_text().partition(f"\n## {SECTIONS[dataset]}\n")[2].partition("\n## ")[0]
+    )
+    measured = json.loads((RESULTS / f"{dataset}-causes.json").read_text())["eps_defend"]
+    lines = re.findall(r"^\| `eps=(\d+)`(?: | , density.* )\| ([\d.]+) \| (.*) \| (.*) \|$", section, re.MULTILINE)
+    assert len(lines) > 1
+    for eps, clean, *attacked in lines:
+        found = measured[eps]
+        assert float(clean) == pytest.approx(found["clean"], abs=0.06)
+        for attack, shown in zip(("fgsm", "bim"), attacked, strict=True):
+            assert shown == " / ".join(f"{found[f'{attack} {radius}']:.1f}" for radius in GRIDS[dataset].eps)
 
 
 def test_the_page_counts_the_papers_accuracies_that_are_reached():

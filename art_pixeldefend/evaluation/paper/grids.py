@@ -96,8 +96,14 @@ MANIFOLD_ROWS = (
     Row("resnet", "normal", "manifold-projection", WHITE_BOX, CHEAP, 100),
 )
 
-# Steps of training: more where the recipe's 9,000 reached 90.6% of clean images (the paper: 92), fewer for a slow one.
-CIFAR_STEPS = {("resnet", "normal"): 16_000, ("resnet", "adversarial-bim"): 4_000}
+# Steps of training: more where the recipe's 9,000 reached 90.6% of clean images (the paper: 92), fewer for slow ones.
+CIFAR_STEPS = {("resnet", "normal"): 16_000, ("vgg", "normal"): 5_000, ("resnet", "adversarial-bim"): 4_000}
+WIDE = 24  # levels of the CIFAR-10 defence besides the paper's 16: with a weaker density model more is needed
+WIDE_ROWS = tuple(
+    Row("resnet", training, f"{defence}-{WIDE}", *threat)
+    for training, defence in (("normal", "pixeldefend"), ("adversarial-fgsm", "adaptive-pixeldefend"))
+    for threat in ((BLIND,), (WHITE_BOX, SHORT, 250))
+)
 
 
 def per_radius(rows: Iterable[Row], radii: tuple[int, ...]) -> tuple[Row, ...]:
@@ -156,17 +162,18 @@ GRIDS = {
         "cifar-10",
         tuple(
             replace(row, images=row.images and min(row.images, 200), steps=CIFAR_STEPS.get((row.network, row.training)))
-            for row in PAPER_ROWS + OTHER_ROWS
+            for row in PAPER_ROWS + OTHER_ROWS + WIDE_ROWS
         ),
         (2, 8, 16),
         attacks=PAPER,
-        defences=defences(16, 5),
+        defences=defences(16, 5)
+        | {row.defence: defences(WIDE, 5)[row.defence.removesuffix(f"-{WIDE}")] for row in WIDE_ROWS},
         models={DENSITY_MODEL: "cifar-10"},
         recipe="cifar-10",
         validation=250,
         chunk=100,
         paper=paper_accuracy,
-        notes=NOTES,
+        notes=NOTES | {row.defence: f"purifies within {WIDE} levels" for row in WIDE_ROWS},
     ),
     # No download, minutes: runs the whole path. A digit has 17 grey values, 16 levels apart, hence the radii.
     "digits": Grid(
