@@ -625,7 +625,7 @@ def test_a_state_dict_and_an_import_path_are_evaluated(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (("--classifier", "nothing"), "neither a file nor one of fashion-mnist-resnet"),
+        (("--classifier", "nothing"), "neither a file nor one of cifar-10-resnet"),
         (("--classifier", "no.module:f"), "no.module"),
         (("--classifier", "torch.nn:Identity", "--defence", "Nothing"), "'Nothing' cannot be imported"),
         (("--classifier", "torch.nn:Identity", "--budget", "huge"), "--budget must be one of"),
