@@ -64,7 +64,7 @@ def card(name: str, facts: dict[str, Any], data: datasets.Dataset, size: int) ->
         how = f"the {facts['recipe']} recipe, {how}"
         if "delta" in facts:
             share, attack = f"{100 * facts['ratio']:.0f}%", facts["technique"].rpartition("-")[2].upper()
-            radius = f"|N(0, {facts['delta']:g})| levels"
+            radius = rf"\|N(0, {facts['delta']:g})\| levels"  # a bar ends a cell
             how += f", {share} of every batch attacked by {attack} within {radius} (PixelDefend, Appendix B)"
     results = "adaptive-evaluation" if data.name == "fashion-mnist" else data.name
     shape = f"{height} x {width}, {'grey' if channels == 1 else 'RGB'}"

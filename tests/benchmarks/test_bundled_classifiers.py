@@ -40,7 +40,7 @@ def test_classifiers_are_taken_from_the_folder_of_the_table(script, tmp_path, mo
         assert torch.allclose(exported(torch.from_numpy(x[:5])), networks[technique](torch.from_numpy(x[:5])), atol=0.1)
         assert f"**{100 * classifiers.accuracy(classifiers.as_art(exported), x, y):.2f} %** of the 400 test" in text
         assert f"{2 if technique == 'normal' else 1} steps" in text and str(tmp_path) not in text
-    assert "23% of every batch attacked by FGSM within |N(0, 20)| levels" in text
+    assert r"23% of every batch attacked by FGSM within \|N(0, 20)\| levels" in text
 
 
 @pytest.mark.parametrize("resumed", [False, True])
