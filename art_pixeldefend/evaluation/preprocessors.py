@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from art.defences.preprocessor import Preprocessor
+from art.defences.preprocessor import Preprocessor, SpatialSmoothing
+from numpy.lib.stride_tricks import sliding_window_view
 
 Step = tuple[str, Mapping[str, Any]]  # import path of a preprocessor class, its arguments
 CALIBRATED = "{calibrated}"  # an argument that the defence's ``calibrate`` chooses
@@ -53,6 +54,34 @@ class Sequential(Preprocessor):
 
     def __repr__(self) -> str:
         return f"Sequential({', '.join(map(description, self.steps))})"
+
+
+class MedianSmoothing(SpatialSmoothing):
+    """ART's spatial smoothing, a median filter, with its exact gradient, for white-box attacks.
+
+    The gradient of a window's median goes to the pixel that is the median, in equal parts to several equal ones.
+    ART's class has the identity as its gradient; its version for PyTorch needs the package kornia.
+
+    Args:
+        window_size, channels_first, clip_values, apply_fit, apply_predict: as in ART's ``SpatialSmoothing``.
+
+    Example:
+        >>> smoothing = MedianSmoothing(window_size=2, channels_first=True)
+        >>> smoothing.estimate_gradient(np.array([[[[0.1, 0.3], [0.2, 0.4]]]]), np.array([[[[0.0, 0.0], [0.0, 1.0]]]]))
+        array([[[[0., 1.],
+                 [0., 0.]]]])
+    """
+
+    def estimate_gradient(self, x: np.ndarray, grad: np.ndarray) -> np.ndarray:
+        """The gradient with respect to images ``x`` (N, C, H, W) or (N, H, W, C) from that of the smoothed ones."""
+        size, axes = self.window_size, (2, 3) if self.channels_first else (1, 2)
+        padding = [(size // 2, (size - 1) // 2) if axis in axes else (0, 0) for axis in range(x.ndim)]
+        pixels = np.pad(np.arange(x.size).reshape(x.shape), padding, mode="symmetric")  # SciPy's "reflect"
+        windows = sliding_window_view(pixels, (size, size), axis=axes).reshape(x.size, size**2)
+        values = x.ravel()[windows]
+        is_median = values == np.sort(values, axis=1)[:, size**2 // 2, None]
+        shares = is_median * (grad.ravel() / is_median.sum(axis=1))[:, None]
+        return np.bincount(windows.ravel(), shares.ravel(), x.size).reshape(x.shape).astype(grad.dtype)
 
 
 def description(value: Any) -> str:
