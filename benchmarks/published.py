@@ -37,9 +37,12 @@ RESULTS = Path(__file__).parent / "results"
 # Options whose values are paths on one machine, and options whose values are paths unless they are a known name.
 PLACES = {
     "--work": "FOLDER", "--results": "FOLDER", "--data-dir": "FOLDER", "--density-model": "FILE",
-    "--classifier": "FILE", "--out": "FILE", "--output": "FILE",
+    "--out": "FILE", "--output": "FILE",
 }  # fmt: skip
-NAMES = {"--pixel-cnn": zoo.names(), "--model": zoo.names(), "--data": list(datasets.NAMED)}
+NAMES = {
+    "--pixel-cnn": zoo.names(), "--model": zoo.names(), "--classifier": classifiers.names(),
+    "--data": list(datasets.NAMED),
+}  # fmt: skip
 
 
 def command(script: str, places: Mapping[str, str] = PLACES) -> str:

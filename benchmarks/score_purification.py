@@ -97,17 +97,28 @@ ROWS = (
 
 
 class Subjects:
-    """Data, score model and classifiers, made when first needed and kept in a folder."""
+    """Data, score model and classifiers, made when first needed and kept in a folder.
 
-    def __init__(self, work: Path, model: str, data_dir: Path | None) -> None:
-        self.work = work
-        self.data = datasets.load("fashion-mnist", data_dir)
+    The classifier is a bundled one, or else trained by the quick recipe.
+    """
+
+    def __init__(
+        self,
+        work: Path,
+        model: str,
+        data_dir: Path | None,
+        dataset: str = "fashion-mnist",
+        classifier: str | None = None,
+    ) -> None:
+        self.work, self.bundled = work, classifier
+        self.untuned: str | Path = classifier or work / "classifier.safetensors"
+        self.data = datasets.load(dataset, data_dir)
         self.score_model = as_model(model, ScoreModel, name="--model")
 
     def classifier(self, tuned: bool = False) -> classifiers.PyTorchClassifier:
         """The ResNet, or the one tuned on denoised images."""
-        path = self.work / ("tuned.safetensors" if tuned else "classifier.safetensors")
-        if not path.is_file():
+        path = self.work / "tuned.safetensors" if tuned else self.untuned
+        if path != self.bundled and not Path(path).is_file():
             began = time.process_time()
             network = self._tuned() if tuned else self._trained()
             classifiers.save(path, network, {"cpu_seconds": round(time.process_time() - began, 1)})
@@ -122,7 +133,7 @@ class Subjects:
         return classifiers.train(network, images.x, images.y, "quick", verbose=True)
 
     def _tuned(self) -> torch.nn.Module:
-        network = classifiers.load(self.work / "classifier.safetensors")
+        network = classifiers.load(self.untuned)
         purifier = ScorePurifier(self.score_model)
         trainer = classifiers.PurifiedTrainer(classifiers.as_art(network), purifier, {"sigma": SIGMAS}, verbose=True)
         trainer.fit(self.data.x_train.astype(np.float32) / 255, self.data.y_train)
