@@ -328,8 +328,8 @@ random defence. "standard": 50 steps of BPDA, 50 of the other gradients, 40 of t
 is an **upper bound**: a stronger attack may find more.
 
 - *blind*: the papers' way, BIM on the classifier without its defence, last iterates.
-- *transfer*: AdaptivePGD on the classifier without its defence. It stops once that classifier is fooled, so that its
-  images often do not survive purification.
+- *transfer*: AdaptivePGD on the classifier without its defence. It stopped once that classifier was fooled, so that its
+  images often do not survive purification; `evaluate_robustness` has since been changed to go on.
 - *BPDA*: AdaptivePGD through the defence, whose gradient is taken for the identity (for no defence: its own gradient).
 - *exact or implicit*: AdaptivePGD with such a gradient of the purifier. For `ManifoldProjection` the least accuracy
   under these and under LatentAttack, which searches the generator's latents. For Adaptive PixelDefend the least under

@@ -192,8 +192,13 @@ class Planned:
 
 
 def adaptive_pgd(subject: Subject, x: np.ndarray, y: np.ndarray, threat: Threat, ball: Ball, seed: int) -> Attacked:
-    """Run AdaptivePGD on the classifier alone or through the defence, as the threat says."""
-    estimator = subject.bare if threat.sees == "classifier" else subject.defended
+    """Run AdaptivePGD on the classifier alone or through the defence, as the threat says.
+
+    On the classifier alone it goes on with misclassified images, for the largest loss: a defence that it does not see
+    takes back images that have just crossed the classifier's decision boundary.
+    """
+    transferred = threat.sees == "classifier"
+    estimator = subject.bare if transferred else subject.defended
     gradient: Any = threat.gradient
     if gradient == "surrogate":
         if subject.surrogate_images is None:
@@ -203,6 +208,7 @@ def adaptive_pgd(subject: Subject, x: np.ndarray, y: np.ndarray, threat: Threat,
         estimator, norm=ball.norm, eps=ball.eps, steps=threat.steps or 50, loss=threat.loss or "ce",
         targets=threat.targets, restarts=threat.restarts, eot=threat.eot, gradient=gradient,
         round_to_levels=subject.eight_bit, seed=seed, batch_size=subject.batch_size,
+        success_criterion=_never if transferred else None,
     )  # fmt: skip
     attacked = attack.generate(x, y)
     steps, fallen_at = attack.losses.shape[0] * attack.steps, attack.fallen_at
@@ -215,6 +221,11 @@ def adaptive_pgd(subject: Subject, x: np.ndarray, y: np.ndarray, threat: Threat,
         "zero_gradients": float(attack.zero_gradients), "nonfinite_gradients": float(attack.nonfinite_gradients),
     }  # fmt: skip
     return attacked, facts
+
+
+def _never(logits: torch.Tensor, labels: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """A success criterion that no image meets, (M,)."""
+    return torch.zeros_like(labels, dtype=torch.bool)
 
 
 def bim(subject: Subject, x: np.ndarray, y: np.ndarray, threat: Threat, ball: Ball, seed: int) -> Attacked:

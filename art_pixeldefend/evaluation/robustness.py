@@ -38,7 +38,7 @@ from art_pixeldefend.validation import check_choice, check_count, check_labels, 
 
 CLEAN, WORST_CASE = "clean", "worst case"
 RULES = ("mean", "worst", "vote")
-VERSION = 4  # to be raised when attacks of equal settings give other images
+VERSION = 5  # to be raised when attacks of equal settings give other images
 
 
 @dataclass(frozen=True)

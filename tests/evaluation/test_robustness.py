@@ -10,6 +10,7 @@ from art.estimators.classification import PyTorchClassifier
 from scipy.stats import binomtest
 from torch import nn
 
+from art_pixeldefend.attacks import AdaptivePGD
 from art_pixeldefend.evaluation import protocol, robustness
 from art_pixeldefend.evaluation.protocol import Ball, Planned, Subject, plan
 from art_pixeldefend.evaluation.robustness import AttackResult, Evaluation, evaluate_robustness
@@ -182,6 +183,26 @@ def test_it_prints_every_attack_with_its_interval_and_every_check(noisy):
 def test_a_defence_with_exact_gradients_is_attacked_with_them(noisy):
     assert [r.threat.gradient for r in noisy.results.values() if r.threat] == [None, None, "identity", "exact", None]
     assert noisy.results["exact"].threat.eot == 4 and noisy.results["transfer"].threat.eot == 1
+
+
+def test_transferred_images_go_on_beyond_the_decision_boundary(digits_images, nearest_mean):
+    """On the classifier without its defence, the attack is that which never stops: for the largest margin."""
+    x, y = digits_images
+    subject, threat = Subject(nearest_mean, Round(), x), Threat("classifier", steps=10, loss="margin")
+    attacked, _ = protocol.adaptive_pgd(subject, x, y, threat, Ball(EPS), 0)
+    stopped = AdaptivePGD(
+        subject.bare, eps=EPS, steps=10, loss="margin", round_to_levels=True, seed=0, batch_size=256
+    ).generate(x, y)
+
+    def margins(images):
+        logits = subject.bare.predict(images)
+        own = logits[np.arange(len(y)), y]
+        return np.where(np.arange(10) == y[:, None], -np.inf, logits).max(1) - own
+
+    assert np.abs(attacked - x).max() <= EPS + 1e-6
+    fooled = margins(stopped) > 0
+    assert fooled.sum() > 5 and (margins(attacked) >= margins(stopped) - 1e-4).all()
+    assert margins(attacked)[fooled].mean() > 1.5 * margins(stopped)[fooled].mean()
 
 
 @pytest.mark.parametrize(
