@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def bits_and_gradient(pixel_cnn: PixelCNNpp, x: np.ndarray) -> tuple[float, np.n
 
 def ascend(
     pixel_cnn: PixelCNNpp, x: np.ndarray, eps: int, *, seed: int = 0, iterations: int | None = None
-) -> tuple[np.ndarray, int]:
+) -> tuple[np.ndarray, int, str]:
     """Search for the most likely image around ``x`` with SciPy's L-BFGS-B from one random start (section 4.1).
 
     Args:
@@ -56,7 +57,7 @@ def ascend(
         iterations: most iterations; SciPy's own limit by default.
 
     Returns:
-        Levels (C, H, W), uint8, rounded at the end; and the number of evaluations of the model.
+        Levels (C, H, W), uint8, rounded at the end; the number of evaluations of the model; why SciPy ended.
     """
     low, high = (np.clip(x.astype(np.float64) + change, 0, TOP) for change in (-eps, eps))
     start = np.random.default_rng(seed).uniform(low, high)
@@ -69,7 +70,7 @@ def ascend(
     options = {} if iterations is None else {"maxiter": iterations}
     with kept_weights(pixel_cnn):
         found = minimize(objective, start.ravel(), jac=True, method=METHOD, bounds=bounds, options=options)
-    return np.clip(np.rint(found.x.reshape(x.shape)), low, high).astype(np.uint8), found.nfev
+    return np.clip(np.rint(found.x.reshape(x.shape)), low, high).astype(np.uint8), found.nfev, found.message
 
 
 def figure_5(
@@ -135,7 +136,7 @@ def _eps_defend(stages: Stages, cell: Cell) -> int:
 def _searched(
     stages: Stages, cell: Cell, attacked: np.ndarray, starts: int, iterations: int | None, group: ProcessGroup
 ) -> list[dict[str, Any]]:
-    """Return, for every image, each start's final bits per dimension, evaluations of the model, and seconds."""
+    """Return, for every image, each start's final bits per dimension, evaluations, seconds, and why it ended."""
     shared: dict[str, Any] = {
         "attack": stages.attack_key(cell, 0, stages.grid.chunk),
         "density_model": stages.fingerprint(DENSITY_MODEL),
@@ -148,16 +149,19 @@ def _searched(
         if (kept := stages.store.read("ascent", key)) is None:
             began = time.perf_counter()
             # A seed for each start, so that more starts reuse the earlier ones.
-            found, asked = ascend(model, attacked[i], shared["eps"], seed=100_000 * i + start, iterations=iterations)
-            bits = float(model.bits_per_dim(found[None]))
-            kept = {"bits_per_dim": bits, "evaluations": asked, "seconds": round(time.perf_counter() - began, 2)}
+            seed = 100_000 * i + start
+            found, asked, ended = ascend(model, attacked[i], shared["eps"], seed=seed, iterations=iterations)
+            kept = {
+                "bits_per_dim": float(model.bits_per_dim(found[None])), "evaluations": asked, "ended": ended,
+                "seconds": round(time.perf_counter() - began, 2),
+            }  # fmt: skip
             stages.store.write("ascent", key, kept)
         return kept
 
     tasks = [(i, start) for start in range(starts) for i in range(len(attacked))]
     mine = {task: one(*task) for task in group.shard(tasks)}
     everyone = {task: found for part in group.gather(mine) for task, found in part.items()}
-    names = ("bits_per_dim", "evaluations", "seconds")
+    names = ("bits_per_dim", "evaluations", "ended", "seconds")
     return [{name: [everyone[i, s][name] for s in range(starts)] for name in names} for i in range(len(attacked))]
 
 
@@ -171,6 +175,7 @@ def _numbers(bits: dict[str, list[float]], searched: list[dict[str, Any]]) -> di
         "share_of_starts_less_likely_than_attacked": float((ends > attacked).mean()),
         "share_of_starts_less_likely_than_greedy": float((ends > greedy).mean()),
         "bits_per_dim": bits | {METHOD: ends.tolist()},
+        "ended": dict(Counter(ended for image in searched for ended in image["ended"])),
         "evaluations_per_start": float(np.mean([image["evaluations"] for image in searched])),
         "seconds_per_start": float(np.mean([image["seconds"] for image in searched])),
     }

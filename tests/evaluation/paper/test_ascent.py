@@ -35,8 +35,8 @@ def test_the_gradient_is_the_objectives(make_model, image_shape):
 @pytest.mark.parametrize("eps", [0, 20, 255])
 def test_ascent_stays_on_levels_of_the_ball(make_model, make_levels, eps):
     model, (x,) = make_model((1, 5, 7)), make_levels(1, (1, 5, 7))
-    found, asked = ascend(model, x, eps, seed=1, iterations=5)
-    assert found.dtype == np.uint8 and found.shape == x.shape and asked > 0
+    found, asked, ended = ascend(model, x, eps, seed=1, iterations=5)
+    assert found.dtype == np.uint8 and found.shape == x.shape and asked > 0 and ended
     assert np.abs(found.astype(int) - x).max() <= eps
 
 
@@ -64,7 +64,7 @@ def figure_5(tmp_path_factory, tiny):
 
 def test_figure_5_has_every_end_point(figure_5):
     _, path, numbers = figure_5
-    assert np.shape(numbers["bits_per_dim"]["L-BFGS-B"]) == (2, 3)
+    assert np.shape(numbers["bits_per_dim"]["L-BFGS-B"]) == (2, 3) and sum(numbers["ended"].values()) == 6
     assert all(len(numbers["bits_per_dim"][name]) == 2 for name in ("clean", "FGSM", "greedy decoding"))
     assert numbers["mean_bits_per_dim"]["greedy decoding"] < numbers["mean_bits_per_dim"]["FGSM"]
     assert json.loads(path.with_suffix(".json").read_text()) == numbers
