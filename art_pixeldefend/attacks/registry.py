@@ -55,6 +55,11 @@ class Attack:
     needs: tuple[str, ...] = ()
     version: int = 1
 
+    @property
+    def predictions(self) -> bool:
+        """Whether it attacks the classifier's own predictions."""
+        return self.sees_classifier and not self.true_labels
+
     def gradients(self, eps: int) -> int:
         """Gradients that it computes per image within ``eps`` levels; an estimate where the number varies."""
         return self.cost(eps) if callable(self.cost) else self.cost
@@ -119,12 +124,14 @@ ATTACKS: dict[str, Attack] = {
     "bim": Attack(_bim, "BIM", cost=bim_steps, true_labels=True),
     "deepfool": Attack(
         _deepfool, "DeepFool", cost=60, uses_eps=False, version=3,
-        note="L-infinity, as in the paper's code; ART's own is deepfool-l2",
+        note="L-infinity, as in the paper's code, but each step is rounded away from zero to whole levels; ART's own "
+        "is deepfool-l2",
     ),
     "deepfool-l2": Attack(_deepfool_l2, "DeepFool (L2)", cost=100, uses_eps=False, note="ART's DeepFool"),
     "cw": Attack(
         _cw, "CW", cost=300, uses_eps=False, true_labels=True,
-        note="L-infinity, as in the paper's code; ART's own is cw-art",
+        note="L-infinity, with the constants of the paper's code: it ends with 100 steps in vain; changes are rounded "
+        "away from zero to whole levels; ART's own is cw-art",
     ),
     "cw-art": Attack(
         _cw_art, "CW (ART)", cost=3000, uses_eps=False, true_labels=True,

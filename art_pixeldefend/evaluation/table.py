@@ -17,6 +17,7 @@ from art_pixeldefend.evaluation.threat import BLIND, WHITE_BOX
 
 Results = Mapping[Cell, Mapping[str, Any]]
 STRONGEST, WORST_CASE = "strongest", "worst case"
+MARGIN = 2.0  # points by which an attack that sees the defence may be weaker than a blind one without a warning
 
 
 def wilson(correct: int, count: int) -> tuple[float, float]:
@@ -49,8 +50,9 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[Any]], left: int
 def entries(grid: Grid, results: Results) -> list[dict[str, Any]]:
     """Return every number of the table as a flat record, including the derived columns.
 
-    ``strongest`` is the accuracy under the row's strongest attack, as in the paper; ``worst case`` counts an image as
-    correct only if it is correct under all attacks.
+    ``strongest`` is the accuracy under the row's strongest attack, as in the paper. ``worst case`` counts an image as
+    correct only if it is correct without an attack and under all attacks, of a row whose attacks see its defence also
+    under those of the same defence's blind row.
     """
     records = []
     for row in grid.rows:
@@ -58,8 +60,19 @@ def entries(grid: Grid, results: Results) -> list[dict[str, Any]]:
             columns = {name: cell for name, cell in _columns(grid, row, eps).items() if cell in results}
             for name, cell in columns.items():
                 records.append(_record(grid, row, eps, name, results[cell]))
-            records += _derived(grid, row, eps, {n: results[c] for n, c in columns.items() if n != CLEAN})
+            attacked = {n: results[c] for n, c in columns.items() if n != CLEAN}
+            others = [results[c] for c in (Cell(row, CLEAN, 0), *_blind(grid, row, eps).values()) if c in results]
+            records += _derived(grid, row, eps, attacked, others)
     return records
+
+
+def _blind(grid: Grid, row: Row, eps: int) -> dict[str, Cell]:
+    """The attacked cells, by attack, of the same classifier and defence in the row whose attacks see no defence."""
+    for other in grid.rows if row.threat != BLIND else ():
+        same = other.classifier == row.classifier and other.defence == row.defence and other.threat == BLIND
+        if same and eps in grid.eps_of(other):
+            return {attack: Cell(other, attack, eps) for attack in grid.attacks_of(other)}
+    return {}
 
 
 def _columns(grid: Grid, row: Row, eps: int) -> dict[str, Cell]:
@@ -82,16 +95,25 @@ def _record(grid: Grid, row: Row, eps: int, column: str, result: Mapping[str, An
     return record
 
 
-def _derived(grid: Grid, row: Row, eps: int, attacked: Results | Mapping[str, Any]) -> list[dict[str, Any]]:
+def _derived(
+    grid: Grid, row: Row, eps: int, attacked: Mapping[str, Any], others: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
     done = [result for result in attacked.values() if "right" in result]
     if not done or len(done) < len(attacked):  # the minimum over fewer attacks would be too high
         return []
     weakest = min(done, key=lambda result: result["accuracy_percent"])
-    right = [set(flags) == {"1"} for flags in zip(*(result["right"] for result in done), strict=True)]
-    low, high = wilson(sum(right), len(right))
+    count = weakest["count"]
+    done += [result for result in others if result.get("count", 0) >= count]
+    right = np.all([_right(result)[:count] for result in done], axis=0)
+    low, high = wilson(int(right.sum()), len(right))
     percent = 100 * float(np.mean(right))
     worst = {"count": len(right), "accuracy_percent": percent, "interval_percent": [100 * low, 100 * high]}
     return [_record(grid, row, eps, STRONGEST, weakest), _record(grid, row, eps, WORST_CASE, worst)]
+
+
+def _right(result: Mapping[str, Any]) -> np.ndarray:
+    """Whether each image (N,) is classified correctly."""
+    return np.array([flag == "1" for flag in result["right"]])
 
 
 def comma_separated(grid: Grid, results: Results) -> str:
@@ -159,9 +181,17 @@ def _notes(grid: Grid, results: Results) -> list[str]:
     notes += [f"*{threat.name}*: {note}" for threat, note in THREAT_NOTES.items() if threat in threats]
     notes += [f"*{threat.name}*: {threat}." for threat in threats if threat not in THREAT_NOTES]
     notes.append(
-        "*strongest* is the least accuracy of the row; *worst case* counts images that are classified correctly under "
-        "all attacks."
+        "*strongest* is the least accuracy of the row; *worst case* counts images that are classified correctly "
+        "without an attack and under all attacks, in rows whose attacks see a defence also under those of its blind "
+        "row."
     )
+    guessing = [entry.title for name, entry in ATTACKS.items() if entry.predictions and _has(results, name)]
+    if guessing:
+        notes.append(
+            f"{', '.join(guessing)}: the classifier's own predictions are attacked, so that an image that is wrong "
+            "without an attack may become right."
+        )
+    notes += _weaker_than_blind(grid, results)
     counts: dict[int, list[str]] = {}
     for cell, result in results.items():
         if "count" in result:
@@ -170,7 +200,7 @@ def _notes(grid: Grid, results: Results) -> list[str]:
         which = "all rows" if len(counts) == 1 else ", ".join(dict.fromkeys(rows))
         notes.append(f"The first {count} test images: {which}.")
     for name, entry in ATTACKS.items():
-        if entry.note and any(cell.attack == name for cell in results):
+        if entry.note and _has(results, name):
             notes.append(f"{entry.title}: {entry.note}.")
     for name, note in grid.notes.items():
         if any(row.defence == name for row in grid.rows):
@@ -185,3 +215,31 @@ def _notes(grid: Grid, results: Results) -> list[str]:
         notes.append(f"*strongest* and *worst case* are over fewer attacks in {', '.join(short)}.")
     failed = [f"{cell.name}: {r['error'].splitlines()[0]}" for cell, r in results.items() if r.get("error")]
     return [f"- {note}" for note in notes + [f"failed: {line}" for line in failed]]
+
+
+def _has(results: Results, attack: str) -> bool:
+    return any(cell.attack == attack for cell in results)
+
+
+def _weaker_than_blind(grid: Grid, results: Results) -> list[str]:
+    """A warning for attacks that see a defence and leave more images than the same ones without sight of it.
+
+    Of the images that are right without an attack; such attacks have poor gradients.
+    """
+    found = []
+    for row in grid.rows:
+        for eps in grid.eps_of(row):
+            for attack, blind in _blind(grid, row, eps).items():
+                cells = Cell(row, attack, eps), blind, Cell(row, CLEAN, 0)
+                if ATTACKS[attack].sees_classifier and all("right" in results.get(cell, ()) for cell in cells):
+                    count = min(results[cell]["count"] for cell in cells)
+                    seeing, blindly, clean = (_right(results[cell])[:count] for cell in cells)
+                    kept = [100 * float((right & clean).mean()) for right in (seeing, blindly)]
+                    if kept[0] > kept[1] + MARGIN:
+                        found.append(f"{cells[0].name} ({kept[0]:.1f}, {kept[1]:.1f} blind)")
+    if not found:
+        return []
+    return [
+        "**Weak attacks**: of the images that are right without an attack, these leave more than the same attacks "
+        f"without sight of the defence, in percent: {', '.join(found)}."
+    ]

@@ -7,13 +7,52 @@ from art_pixeldefend.evaluation import runner, table
 from art_pixeldefend.evaluation.grid import CLEAN, Row
 
 
+def results_of(grid, right):
+    """Results of a grid's cells, from whether each image is right, by threat and attack."""
+    return {
+        cell: runner._counts(np.array([c == "1" for c in right[cell.row.threat.name, cell.attack]]))
+        for cell in grid.cells()
+    }
+
+
+SQUEEZED = (Row("vgg", "normal", "feature-squeezing", "white-box"), Row("vgg", "normal", "feature-squeezing"))
+
+
 def test_the_strongest_attack_is_the_least_of_the_row_without_clean(tiny):
     grid = replace(tiny, rows=(Row("vgg"),), eps=(16,))
-    accuracies = {CLEAN: "0001", "rand": "1110", "fgsm": "0111"}
-    made = {cell: runner._counts(np.array([c == "1" for c in accuracies[cell.attack]])) for cell in grid.cells()}
+    accuracies = {CLEAN: "00011", "rand": "11101", "fgsm": "01111"}
+    made = results_of(grid, {("white-box", attack): right for attack, right in accuracies.items()})
     records = {record["column"]: record for record in table.entries(grid, made)}
-    assert records["strongest"]["ours"] == 75 and records["worst case"]["ours"] == 50
-    assert records[CLEAN]["ours"] == 25
+    assert records["strongest"]["ours"] == 80 and records[CLEAN]["ours"] == 40
+
+
+def test_the_worst_case_counts_images_that_are_right_without_and_with_all_attacks(tiny):
+    grid = replace(tiny, rows=(Row("vgg"),), eps=(16,))
+    accuracies = {CLEAN: "00011", "rand": "11101", "fgsm": "01111"}
+    made = results_of(grid, {("white-box", attack): right for attack, right in accuracies.items()})
+    records = {record["column"]: record for record in table.entries(grid, made)}
+    assert records["worst case"]["ours"] == 20
+
+
+def test_the_worst_case_of_attacks_that_see_the_defence_is_also_under_blind_ones(tiny):
+    grid = replace(tiny, rows=(replace(SQUEEZED[0], images=4), SQUEEZED[1]), eps=(16,))
+    right = {("white-box", CLEAN): "1111", ("white-box", "rand"): "1111", ("white-box", "fgsm"): "0111"}
+    right |= {("blind", CLEAN): "11111", ("blind", "rand"): "11111", ("blind", "fgsm"): "11001"}
+    made = results_of(grid, right)
+    worst = {r["threat"]: r for r in table.entries(grid, made) if r["column"] == "worst case"}
+    assert worst["white-box"]["ours"] == 25 and worst["white-box"]["count"] == 4
+    assert worst["blind"]["ours"] == 60
+
+
+def test_attacks_that_are_weaker_with_sight_of_the_defence_are_named(tiny):
+    grid = replace(tiny, rows=SQUEEZED, eps=(16,))
+    right = {(threat, attack): "11110" for threat in ("white-box", "blind") for attack in (CLEAN, "rand", "fgsm")}
+    warned = {("white-box", "fgsm"): "11111", ("blind", "fgsm"): "11000"}
+    assert "Weak attacks" not in table.markdown(grid, results_of(grid, right))
+    text = table.markdown(grid, results_of(grid, right | warned))
+    (line,) = (line for line in text.splitlines() if "Weak attacks" in line)
+    assert "vgg/normal/feature-squeezing/white-box fgsm 16 (80.0, 40.0 blind)" in line
+    assert "Weak attacks" not in table.markdown(grid, results_of(grid, right | {("white-box", "rand"): "11111"}))
 
 
 def test_no_strongest_attack_is_shown_where_one_failed(tiny):
