@@ -73,7 +73,12 @@ class MedianSmoothing(SpatialSmoothing):
     """
 
     def estimate_gradient(self, x: np.ndarray, grad: np.ndarray) -> np.ndarray:
-        """The gradient with respect to images ``x`` (N, C, H, W) or (N, H, W, C) from that of the smoothed ones."""
+        """The gradient with respect to images ``x`` (N, C, H, W) or (N, H, W, C) from that of the smoothed ones.
+
+        ``grad`` is of the shape of ``x``, or (N, K, ...) for K functions of them, as ART's ``class_gradient`` has it.
+        """
+        if grad.ndim > x.ndim:
+            return np.stack([self.estimate_gradient(x, grad[:, k]) for k in range(grad.shape[1])], axis=1)
         size, axes = self.window_size, (2, 3) if self.channels_first else (1, 2)
         padding = [(size // 2, (size - 1) // 2) if axis in axes else (0, 0) for axis in range(x.ndim)]
         pixels = np.pad(np.arange(x.size).reshape(x.shape), padding, mode="symmetric")  # SciPy's "reflect"

@@ -50,6 +50,15 @@ def test_the_gradient_of_the_median_is_that_of_sorting(size, channels_first):
     np.testing.assert_allclose(found, leaf.grad.numpy().transpose(channels), atol=1e-12)
 
 
+def test_class_gradients_go_through_the_median_one_by_one():
+    rng = np.random.default_rng(0)
+    x, grads = rng.random((2, 1, 6, 5)), rng.standard_normal((2, 3, 1, 6, 5))
+    smoothing = MedianSmoothing(window_size=2, channels_first=True)
+    found = smoothing.estimate_gradient(x, grads)
+    for k in range(3):
+        assert np.array_equal(found[:, k], smoothing.estimate_gradient(x, grads[:, k]))
+
+
 def test_equal_pixels_share_the_gradient_of_the_median():
     smoothing = MedianSmoothing(window_size=2, channels_first=True)
     x, grad = np.full((1, 1, 4, 4), 0.5, np.float32), np.zeros((1, 1, 4, 4), np.float32)
