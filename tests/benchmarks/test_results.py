@@ -84,6 +84,8 @@ SHOWN = [  # data set, row of its table, and how its line of the page begins or 
     ("cifar-10", "resnet/normal/pixeldefend-24/blind", "| PixelDefend, `eps=24` | normal | blind |"),
     ("cifar-10", "resnet/normal/pixeldefend/white-box", "| PixelDefend | normal | white-box |"),
     ("cifar-10", "resnet/normal/pixeldefend-24/white-box", "| PixelDefend, `eps=24` | normal | white-box |"),
+    ("cifar-10", "vgg/normal/pixeldefend/blind", "| PixelDefend | normal, VGG-16 | blind |"),
+    ("cifar-10", "vgg/normal/pixeldefend/white-box", "| PixelDefend | normal, VGG-16 | white-box |"),
     ("cifar-10", "resnet/normal/art-pixeldefend/blind", "| ART's `PixelDefend`, this model | normal | blind |"),
     ("cifar-10", "resnet/normal/art-pixeldefend/white-box", "| ART's `PixelDefend`, this model | normal | white-box |"),
     ("cifar-10", f"{FGSM}/none", "| none | FGSM | - |"),
