@@ -12,6 +12,7 @@ import pytest
 from art_pixeldefend.evaluation import table
 from art_pixeldefend.evaluation.grid import CLEAN, EARLIER_NAMES, Cell, Row
 from art_pixeldefend.evaluation.paper.grids import GRIDS
+from art_pixeldefend.evaluation.threat import Threat
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 SECTIONS = {"fashion-mnist": "Fashion-MNIST", "cifar-10": "CIFAR-10"}  # of the page
@@ -30,7 +31,8 @@ def stored(name):
     rows, results = {}, {}
     for cell in cells[::-1]:  # a row's last cell has its attacks, its first ones may stem from another table
         settings = {key: tuple(value) if isinstance(value, list) else value for key, value in cell["row"].items()}
-        settings["threat"] = EARLIER_NAMES.get(settings["threat"], settings["threat"])
+        threat = settings["threat"]
+        settings["threat"] = Threat(**threat) if isinstance(threat, dict) else EARLIER_NAMES.get(threat, threat)
         row = Row(**settings)
         row = rows.setdefault((row.name, row.eps), replace(row, attacks=None) if row.attacks == attacks else row)
         results[Cell(row, cell["attack"], cell["eps"])] = cell
@@ -51,21 +53,22 @@ def accuracies(dataset, name, images):
             if cell["cell"].startswith(f"{row} ") and cell["eps"] in (0, eps)
         }
         attacks = [bits for attack, bits in right.items() if attack != CLEAN]
-        blind = row.replace("/through", "/bare").replace("/white-box", "/blind")
+        blind = re.sub("/white-box.*", "/blind", row.replace("/through", "/bare"))
         others = [
             np.array([bit == "1" for bit in cell["right"][: len(right[CLEAN])]])
             for cell in cells
             if blind != row and cell["cell"].startswith(f"{blind} ") and cell["eps"] == eps
         ]
-        shown = {name: right[name].mean() for name in (CLEAN, "fgsm", "bim")}
+        shown = {name: right[name].mean() if name in right else None for name in (CLEAN, "fgsm", "bim")}
         worst = np.all([*right.values(), *others], axis=0)  # also without an attack, and under blind attacks
         shown |= {"strongest": min(bits.mean() for bits in attacks), "worst": worst.mean()}
         for column, value in shown.items():
-            columns.setdefault(column, []).append(f"{100 * value:.1f}")
+            columns.setdefault(column, []).append("" if value is None else f"{100 * value:.1f}")
     return [" / ".join(values[:1] if len(set(values)) == 1 else values) for values in columns.values()]
 
 
 FGSM = "resnet/adversarial-fgsm"
+EOT = "white-box-gradient-exact-eot-10-steps-20"
 SHOWN = [  # data set, row of its table, and how its line of the page begins or goes on
     ("fashion-mnist", "resnet/normal/none/bare", "| none | - | 1,000 |"),
     ("fashion-mnist", "resnet/normal/feature-squeezing/through", "| feature squeezing | white-box | 500 |"),
@@ -88,6 +91,8 @@ SHOWN = [  # data set, row of its table, and how its line of the page begins or 
     ("cifar-10", "vgg/normal/pixeldefend/white-box", "| PixelDefend | normal, VGG-16 | white-box |"),
     ("cifar-10", "resnet/normal/art-pixeldefend/blind", "| ART's `PixelDefend`, this model | normal | blind |"),
     ("cifar-10", "resnet/normal/art-pixeldefend/white-box", "| ART's `PixelDefend`, this model | normal | white-box |"),
+    ("cifar-10", "resnet/normal/score-purifier/blind", "| `ScorePurifier`, `sigma=0.15` | normal | blind |"),
+    ("cifar-10", f"resnet/normal/score-purifier/{EOT}", "| `ScorePurifier`, `sigma=0.15` | normal | white-box |"),
     ("cifar-10", f"{FGSM}/none", "| none | FGSM | - |"),
     ("cifar-10", f"{FGSM}/feature-squeezing/white-box", "| feature squeezing | FGSM | white-box |"),
     ("cifar-10", f"{FGSM}/feature-squeezing/blind", "| feature squeezing | FGSM | blind |"),
