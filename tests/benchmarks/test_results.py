@@ -41,6 +41,11 @@ def stored(name):
     return grid, results
 
 
+def bits_of(cell, images):
+    """Whether each of the first images is right."""
+    return np.array([bit == "1" for bit in cell["right"][:images]])
+
+
 def accuracies(dataset, name, images):
     """Columns of the page for one row of a paper's table: accuracies within each radius of its first images."""
     cells = json.loads((RESULTS / f"{dataset}.json").read_text())["cells"]
@@ -48,14 +53,14 @@ def accuracies(dataset, name, images):
     for eps in GRIDS[dataset].eps:
         row = name.format(eps)
         right = {
-            cell["attack"]: np.array([bit == "1" for bit in cell["right"][:images]])
+            cell["attack"]: bits_of(cell, images)
             for cell in cells
             if cell["cell"].startswith(f"{row} ") and cell["eps"] in (0, eps)
         }
         attacks = [bits for attack, bits in right.items() if attack != CLEAN]
         blind = re.sub("/white-box.*", "/blind", row.replace("/through", "/bare"))
         others = [
-            np.array([bit == "1" for bit in cell["right"][: len(right[CLEAN])]])
+            bits_of(cell, len(right[CLEAN]))
             for cell in cells
             if blind != row and cell["cell"].startswith(f"{blind} ") and cell["eps"] == eps
         ]
