@@ -100,8 +100,9 @@ class Dataset:
     def calibration(self, *models: Any) -> Split:
         """Images for calibrating a detector or a threshold of ``models``, which none of them was trained on.
 
-        For a model that was trained on ``x_train`` these are ``x_calibration``; its provenance says so, as the trainer
-        of this package records a :func:`fingerprint` of the training images. Any other model is assumed to have seen
+        For a model that was trained on ``x_train``, in whatever order, these are ``x_calibration``; its provenance says
+        so, as the trainer of this package records number, :func:`fingerprint` and :func:`sample` of the training
+        images. Any other model is assumed to have seen
         all training images, as the bundled ``digits``, ``fashion-mnist`` and ``fashion-mnist-40x5`` have: for them
         these are the last ``reserved`` test images, which must be in no particular order. So they are for the bundled
         ``cifar-10``, whose last run was trained on a part of ``x_train``.
@@ -135,17 +136,24 @@ class Dataset:
 
     def held_out_from(self, *models: Any) -> bool:
         """Whether, by their provenance, all ``models`` were trained on ``x_train`` without the calibration images."""
-        expected = fingerprint(self.x_train)
-        return all(_trained_on_only(getattr(model, "provenance", None), expected) for model in models)
+        return all(_trained_on_only(getattr(model, "provenance", None), self.x_train) for model in models)
 
 
-def _trained_on_only(provenance: Any, expected: str) -> bool:
-    """Whether the images of this fingerprint are all that a model, and those it was started from, were trained on."""
-    while isinstance(provenance, Mapping) and provenance.get(FINGERPRINT) == expected:
+def _trained_on_only(provenance: Any, x: np.ndarray) -> bool:
+    """Whether these images are all that a model, and those it was started from, were trained on."""
+    while isinstance(provenance, Mapping) and _trained_last_on(provenance, x):
         if "start" not in provenance:
             return True
         provenance = provenance["start"]  # of the model whose weights training began with
     return False
+
+
+def _trained_last_on(provenance: Mapping[str, Any], x: np.ndarray) -> bool:
+    """Whether a model's last run was trained on these images: those of the same fingerprint, or, in another order, as
+    many with the same :func:`sample`."""
+    if provenance.get(FINGERPRINT) == fingerprint(x):
+        return True
+    return provenance.get("training_images") == len(x) and provenance.get(SAMPLE) == sample(x)
 
 
 FINGERPRINT = "training_images_sha256"  # the entry of a model's provenance
@@ -184,10 +192,9 @@ def training_images_in(x: np.ndarray, model: Any) -> int:
         model: an image model. The models that its training started from count as well.
     """
     provenance, found = getattr(model, "provenance", None), 0
-    whole = fingerprint(x)
     hashes = [_image_hash(image) for image in x]
     while isinstance(provenance, Mapping):
-        if provenance.get(FINGERPRINT) == whole:
+        if _trained_last_on(provenance, x):
             return len(x)
         known = provenance[SAMPLE] if SAMPLE in provenance else _official_sample(provenance)
         found = max(found, len(set(known).intersection(hashes)) if isinstance(known, list) else 0)

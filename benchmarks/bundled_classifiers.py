@@ -130,7 +130,7 @@ def export(name: str, row: Row, stages: Stages, line: str, out: Path) -> None:
     facts: dict[str, Any] = {
         "command": line, "recipe": stages.grid.recipe, "steps": recipe.steps, "batch_size": recipe.batch_size,
         "technique": row.training, "cpu_seconds": seconds,
-        "split": f"{count:,} of the official training images, all but the last {left_out}",
+        "split": f"{count:,} of the official training images, all but the last {left_out} in the data folder",
     }  # fmt: skip
     facts |= {key: value for key, value in stages.training(row).items() if key in ("delta", "ratio")}
     store(name, network, facts, stages.data, out)

@@ -12,6 +12,8 @@ script; otherwise classifiers and images are computed again. ``--density-model``
 - ``thresholds``: for the classifiers behind Adaptive PixelDefend, the shares of attacked images that are classified
   correctly as they are, purified, and in at least one of these ways, which no threshold can exceed;
 - ``classifiers``: images attacked and purified for one classifier, classified by the others;
+- ``recipes``: the VGG-16 of the table trained otherwise, by the changes of ``RECIPES``;
+- ``sigma``: the score purifier with other noise on the images that choose thresholds, under blind attacks;
 - ``attacks``: the number of images that DeepFool and CW fool before they are clipped, and their perturbations; BIM with
   four times its steps.
 """
@@ -21,22 +23,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
-from published import RESULTS, Chunk, DataDir, PixelCnn, Shorter, command, table_grid
+from published import RESULTS, Chunk, DataDir, PixelCnn, Shorter, facts_of_run, table_grid
 
-from art_pixeldefend import PixelCNNpp, datasets, greedy_decode
+from art_pixeldefend import PixelCNNpp, classifiers, datasets, greedy_decode
 from art_pixeldefend.attacks import ATTACKS, make_attack
 from art_pixeldefend.attacks.budget import bim_steps, level
-from art_pixeldefend.evaluation import runner
 from art_pixeldefend.evaluation.grid import Cell, Row
 from art_pixeldefend.evaluation.paper.drawing import drawn_row
-from art_pixeldefend.evaluation.paper.grids import DENSITY_MODEL
+from art_pixeldefend.evaluation.paper.grids import DENSITY_MODEL, score_purifier
 from art_pixeldefend.evaluation.paper.likelihoods import density_model as density_model_of
 from art_pixeldefend.evaluation.stages import Stages
 from art_pixeldefend.evaluation.store import Store
@@ -48,6 +48,11 @@ from art_pixeldefend.models.training import as_start
 
 OTHERS = (0.5, 0.75, 1.25, 1.5, 2)  # radii of the defence, as multiples of the table's
 STRONG = ("fgsm", "bim")
+SIGMAS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
+OTHER_RECIPES: dict[str, dict[str, Any]] = {
+    "2,500 steps": {"steps": 2500},
+    "without crops": {"steps": 2500, "crops": 0},
+}
 ADAPTIVE = "adaptive-pixeldefend"
 
 
@@ -127,6 +132,37 @@ class Ablations:
             for row in self.stages.classifiers()
         }
 
+    def recipes(self) -> dict[str, Any]:
+        """Accuracy of VGG-16, alone and behind PixelDefend, by changes to its training."""
+        row = next(row for row in self.stages.classifiers() if row.network == "vgg")
+        others = {name: OtherRecipe(self.stages, changes) for name, changes in OTHER_RECIPES.items()}
+        every, found = (from_levels(self.stages.data.x_test, UNIT), self.stages.data.y_test), {}
+        for name, stages in {"as in the table": self.stages, **others}.items():
+            ablations = Ablations(stages, self.images, {})
+            accuracy = classifiers.accuracy(stages.classifier(row), *every)
+            numbers: dict[str, Any] = {"all test images": round(100 * accuracy, 2)}
+            for attack, eps in ((attack, eps) for attack in STRONG for eps in stages.grid.eps):
+                x = ablations.attacked(row, attack, eps)
+                alone, purified = ablations.right(row, x), ablations.right(row, self.purified(x))
+                numbers[f"{attack} {eps}"] = {"alone": percent(alone), "purified": percent(purified)}
+            found[name] = numbers
+        return found
+
+    def sigma(self) -> dict[str, Any]:
+        """Accuracy behind the score purifier by its noise, on the images that choose thresholds."""
+        stages, (levels, y) = self.stages, self.stages.splits["reserve"]
+        images = {"clean": from_levels(levels, UNIT)}
+        for attack, eps in ((attack, eps) for attack in STRONG for eps in stages.grid.eps):
+            cell = Cell(self.row.classifier, attack, eps)
+            images[f"{attack} {eps}"] = stages.attacked(cell, 0, len(y), "reserve")
+        classifier, found = stages.classifier(self.row.classifier), {}
+        for sigma in SIGMAS:
+            purifier = stages.build(score_purifier(sigma=sigma, seed=stages.grid.seed))
+            found[str(sigma)] = {
+                name: percent(classifier.predict(purifier(x)[0], 250).argmax(axis=1) == y) for name, x in images.items()
+            }
+        return {"images": len(y), "accuracy_percent": found}
+
     def attacks(self) -> dict[str, Any]:
         """Perturbations of DeepFool and CW before clipping, in levels; accuracy under BIM with four times its steps."""
         chunk, clean, found = self.stages.grid.chunk, self.stages.clean(0, self.images), {}
@@ -149,6 +185,23 @@ class Ablations:
         return found
 
 
+class OtherRecipe(Stages):
+    """Stages of a grid whose classifiers are trained otherwise.
+
+    Args:
+        stages: of the grid.
+        changes: to the recipes of the grid's classifiers.
+    """
+
+    def __init__(self, stages: Stages, changes: dict[str, Any]) -> None:
+        super().__init__(stages.grid, stages.data, stages.store, verbose=stages.verbose)
+        self.changes = changes
+
+    def recipe(self, row: Row) -> classifiers.Recipe:
+        """Return the changed recipe of a row's classifier."""
+        return replace(super().recipe(row), **self.changes)
+
+
 def percent(right: np.ndarray) -> float:
     """The share of images that are right, in percent."""
     return round(100 * float(right.mean()), 2)
@@ -156,7 +209,8 @@ def percent(right: np.ndarray) -> float:
 
 PARTS = {
     "density_models": Ablations.density_models, "eps_defend": Ablations.eps_defend, "thresholds": Ablations.thresholds,
-    "classifiers": Ablations.classifiers, "attacks": Ablations.attacks,
+    "classifiers": Ablations.classifiers, "recipes": Ablations.recipes, "sigma": Ablations.sigma,
+    "attacks": Ablations.attacks,
 }  # fmt: skip
 
 
@@ -179,9 +233,7 @@ def main(
     others = {path.parent.name: as_start(path, PixelCNNpp, name="--density-model") for path in density_model}
     ablations = Ablations(Stages(grid, datasets.load(grid.dataset, data_dir), Store(work)), images, others)
     result = {
-        "command": command("causes.py"),
-        "date": date.today().isoformat(), "hardware": runner.hardware(), "images": images,
-        "classifier": title(ablations.row),
+        **facts_of_run("causes.py"), "images": images, "classifier": title(ablations.row)
     } | {name: measure(ablations) for name, measure in PARTS.items() if not part or name in part}  # fmt: skip
     write_atomically(out or RESULTS / f"{dataset}-causes.json", json.dumps(result, indent=1) + "\n")
     typer.echo(json.dumps(result, indent=1))

@@ -183,7 +183,10 @@ def publish(
     lines = ",\n".join(json.dumps(cell, sort_keys=True) for cell in cells)
     write_atomically(results / f"{name}.json", f'{{"facts": {json.dumps(facts, indent=1)},\n"cells": [\n{lines}\n]}}\n')
     for file in drawn:
-        if any(fnmatch(file.name, pattern) for pattern in ("detection.json", *(f"{f}.png" for f in figures))):
+        if file.name == "detection.json":
+            numbers = facts_of_run(Path(sys.argv[0]).name) | json.loads(file.read_text())
+            write_atomically(results / f"{name}-{file.name}", json.dumps(numbers, indent=1) + "\n")
+        elif any(fnmatch(file.name, f"{pattern}.png") for pattern in figures):
             shutil.copyfile(file, results / f"{name}-{file.name}")
     return outcome.table
 

@@ -61,9 +61,7 @@ def test_cifar_10_is_whole(cifar_10):
     assert official.x.shape == (50_000, 3, 32, 32) and cifar_10.x_test.shape == (10_000, 3, 32, 32)
     np.testing.assert_allclose(official.x.mean((0, 2, 3)) / 255, [0.4914, 0.4822, 0.4465], atol=1e-4)
     assert np.bincount(cifar_10.y_test).tolist() == [1000] * 10
-    # The bundled density model is trained on images with this fingerprint.
-    expected = "eece30fb172cc64eb7f899d3abf80186626856911c43a7f77d08cff10f5bc60f"
-    assert len(cifar_10.x_calibration) == 5_000 and datasets.fingerprint(cifar_10.x_train) == expected
+    assert len(cifar_10.x_calibration) == 5_000 and cifar_10.held_out_from(zoo.load("cifar-10-score"))
 
 
 # Splits
@@ -133,6 +131,22 @@ def test_a_model_trained_without_the_calibration_images_is_calibrated_on_them(di
         assert digits.held_out_from(model) == held_out
         expected = digits.x_calibration if held_out else digits.reserve().x
         np.testing.assert_array_equal(digits.calibration(model).x, expected)
+
+
+def test_the_order_of_the_training_images_does_not_matter(digits):
+    x = digits.x_train
+    entries = {"training_images": len(x), datasets.SAMPLE: datasets.sample(x)}
+    model = SimpleNamespace(provenance={datasets.FINGERPRINT: datasets.fingerprint(x[::-1]), **entries})
+    assert digits.held_out_from(model) and datasets.training_images_in(x, model) == len(x)
+    for other in (
+        entries | {"training_images": len(x) + 1},
+        entries | {datasets.SAMPLE: datasets.sample(digits.train_and_calibration().x)},
+        entries | {datasets.SAMPLE: []},
+        {"training_images": len(x)},
+        entries | {"start": {}},
+    ):
+        model.provenance = other
+        assert not digits.held_out_from(model)
 
 
 @pytest.mark.parametrize("name", zoo.names())

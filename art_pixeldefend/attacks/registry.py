@@ -139,15 +139,16 @@ ATTACKS: dict[str, Attack] = {
     ),
     "apgd": Attack(
         _adaptive(loss="ce"), "APGD", cost=51, true_labels=True, settings=ADAPTIVE,
-        note="AdaptivePGD on the cross-entropy, best image of 50 steps",
+        note="AdaptivePGD on the cross-entropy, best image of all steps: 50, if the threat does not say otherwise",
     ),
     "apgd-margin": Attack(
         _adaptive(loss="margin"), "APGD, margin", cost=51, true_labels=True, settings=ADAPTIVE,
-        note="AdaptivePGD on the margin, best image of 50 steps",
+        note="AdaptivePGD on the margin, best image of all steps: 50, if the threat does not say otherwise",
     ),
     "apgd-targets": Attack(
         _adaptive(loss="dlr", targets=3), "APGD, targets", cost=153, true_labels=True, settings=ADAPTIVE,
-        note="AdaptivePGD on the DLR loss towards each of the 3 most likely other classes, best image of 50 steps each",
+        note="AdaptivePGD on the DLR loss towards each of the 3 most likely other classes, best image of all steps: 50 "
+        "each, if the threat does not say otherwise",
     ),
     "square": Attack(
         _square, "Square", cost=400, true_labels=True, settings=("steps",),

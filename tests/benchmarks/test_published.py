@@ -96,7 +96,7 @@ def test_a_density_model_that_is_not_there_is_refused_before_the_work_is_done(pu
 def test_only_figures_that_the_run_drew_are_published(published, tmp_path, monkeypatch):
     def draw(stages, folder):
         for name in ("samples.png", "samples.pdf", "detection.json"):
-            (folder / name).write_text("new")
+            (folder / name).write_text('{"eps": "new"}')
         return [folder / name for name in ("samples.png", "samples.pdf", "detection.json")]
 
     monkeypatch.setattr(drawing, "score", lambda *_: None)
@@ -108,7 +108,9 @@ def test_only_figures_that_the_run_drew_are_published(published, tmp_path, monke
     grid = replace(TINY, rows=(Row("vgg", "normal", "pixeldefend"),))
     files = publish(published, tmp_path, grid)
     assert set(files) == {".md", ".csv", ".json", "-samples.png", "-detection.json"}
-    assert files["-samples.png"].read_text() == "new"
+    assert json.loads(files["-samples.png"].read_text()) == {"eps": "new"}
+    detection = json.loads(files["-detection.json"].read_text())
+    assert set(detection) == {"command", "date", "hardware", "versions", "eps"} and detection["eps"] == "new"
 
 
 def test_date_hardware_and_versions_are_those_of_the_cells(published, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 from art_pixeldefend.evaluation import table
 from art_pixeldefend.evaluation.grid import CLEAN, EARLIER_NAMES, Cell, Row
-from art_pixeldefend.evaluation.paper.grids import GRIDS
+from art_pixeldefend.evaluation.paper.grids import GRIDS, paper_accuracies
 from art_pixeldefend.evaluation.threat import Threat
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -73,7 +73,6 @@ def accuracies(dataset, name, images):
 
 
 FGSM = "resnet/adversarial-fgsm"
-EOT = "white-box-gradient-exact-eot-10-steps-20"
 SHOWN = [  # data set, row of its table, and how its line of the page begins or goes on
     ("fashion-mnist", "resnet/normal/none/bare", "| none | - | 1,000 |"),
     ("fashion-mnist", "resnet/normal/feature-squeezing/through", "| feature squeezing | white-box | 500 |"),
@@ -90,41 +89,130 @@ SHOWN = [  # data set, row of its table, and how its line of the page begins or 
     ("cifar-10", "resnet/normal/feature-squeezing/blind", "| feature squeezing | normal | blind |"),
     ("cifar-10", "resnet/normal/pixeldefend/blind", "| PixelDefend | normal | blind |"),
     ("cifar-10", "resnet/normal/pixeldefend-24/blind", "| PixelDefend, `eps=24` | normal | blind |"),
-    ("cifar-10", "resnet/normal/pixeldefend/white-box", "| PixelDefend | normal | white-box |"),
-    ("cifar-10", "resnet/normal/pixeldefend-24/white-box", "| PixelDefend, `eps=24` | normal | white-box |"),
     ("cifar-10", "vgg/normal/pixeldefend/blind", "| PixelDefend | normal, VGG-16 | blind |"),
-    ("cifar-10", "vgg/normal/pixeldefend/white-box", "| PixelDefend | normal, VGG-16 | white-box |"),
-    ("cifar-10", "resnet/normal/art-pixeldefend/blind", "| ART's `PixelDefend`, this model | normal | blind |"),
-    ("cifar-10", "resnet/normal/art-pixeldefend/white-box", "| ART's `PixelDefend`, this model | normal | white-box |"),
     ("cifar-10", "resnet/normal/score-purifier/blind", "| `ScorePurifier`, `sigma=0.15` | normal | blind |"),
-    ("cifar-10", f"resnet/normal/score-purifier/{EOT}", "| `ScorePurifier`, `sigma=0.15` | normal | white-box |"),
     ("cifar-10", f"{FGSM}/none", "| none | FGSM | - |"),
     ("cifar-10", f"{FGSM}/feature-squeezing/white-box", "| feature squeezing | FGSM | white-box |"),
     ("cifar-10", f"{FGSM}/feature-squeezing/blind", "| feature squeezing | FGSM | blind |"),
     ("cifar-10", f"{FGSM}/pixeldefend/blind", "| PixelDefend | FGSM | blind |"),
     ("cifar-10", f"{FGSM}/adaptive-pixeldefend/blind", "| Adaptive PixelDefend | FGSM | blind |"),
     ("cifar-10", f"{FGSM}/adaptive-pixeldefend-24/blind", "| Adaptive PixelDefend, `eps=24` | FGSM | blind |"),
-    ("cifar-10", f"{FGSM}/adaptive-pixeldefend/white-box", "| Adaptive PixelDefend | FGSM | white-box |"),
-    ("cifar-10", f"{FGSM}/adaptive-pixeldefend-24/white-box", "| Adaptive PixelDefend, `eps=24` | FGSM | white-box |"),
 ]
+
+EOT = "white-box-gradient-exact-eot-10-steps-20"
+WHITE_BOX = [  # rows of CIFAR-10 by classifier and defence, the white-box threat, and the line's first cells
+    ("resnet/normal/none", "", "| none | normal | 200 |"),
+    ("vgg/normal/none", "", "| none | normal, VGG-16 | 200 |"),
+    (f"{FGSM}/none", "", "| none | FGSM | 200 |"),
+    ("resnet/normal/pixeldefend", "white-box", "| PixelDefend | normal | 200 |"),
+    ("resnet/normal/pixeldefend-24", "white-box", "| PixelDefend, `eps=24` | normal | 200 |"),
+    ("vgg/normal/pixeldefend", "white-box", "| PixelDefend | normal, VGG-16 | 200 |"),
+    (f"{FGSM}/pixeldefend", "white-box", "| PixelDefend | FGSM | 200 |"),
+    (f"{FGSM}/adaptive-pixeldefend", "white-box", "| Adaptive PixelDefend | FGSM | 200 |"),
+    (f"{FGSM}/adaptive-pixeldefend-24", "white-box", "| Adaptive PixelDefend, `eps=24` | FGSM | 200 |"),
+    ("resnet/normal/score-purifier", EOT, "| `ScorePurifier`, `sigma=0.15` | normal | 200 |"),
+    ("resnet/normal/pixeldefend", "white-box", "| PixelDefend | normal | 100 |"),
+    ("resnet/normal/art-pixeldefend", "white-box", "| ART's `PixelDefend`, this model | normal | 100 |"),
+]
+
+
+def section(dataset):
+    """The page's text about a data set."""
+    page = (RESULTS.parent / "README.md").read_text()
+    return page.partition(f"\n## {SECTIONS[dataset]}\n")[2].partition("\n## ")[0]
+
+
+def cells_of(line):
+    """The cells of a line of a Markdown table."""
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def strongest_of_the_paper(dataset, name):
+    """The paper's accuracies for a row under its strongest attacks."""
+    row = re.sub("-delta-{}", "", name).split("/")[:3]
+    return " / ".join(f"{paper_accuracies()[dataset, *row, 'strongest', eps]:.0f}" for eps in GRIDS[dataset].eps)
 
 
 @pytest.mark.parametrize(("dataset", "name", "start"), SHOWN)
 def test_the_page_shows_the_accuracies_of_the_images(dataset, name, start):
-    section = (RESULTS.parent / "README.md").read_text().partition(f"\n## {SECTIONS[dataset]}\n")[2]
-    line = next(line for line in section.splitlines() if start in line)
-    *shown, strongest, _, worst = [cell.strip() for cell in line.strip("|").split("|")]
+    line = next(line for line in section(dataset).splitlines() if start in line)
+    *shown, strongest, papers, worst = cells_of(line)
     images, *shown = shown[-4:]
     assert [*shown, strongest, worst] == accuracies(dataset, name, int(images.replace(",", "")))
+    if papers:
+        assert papers == f"*{strongest_of_the_paper(dataset, name)}*"
+
+
+@pytest.mark.parametrize(("name", "threat", "start"), WHITE_BOX)
+def test_the_page_shows_white_box_beside_blind_accuracies_of_the_same_images(name, threat, start):
+    line = next(line for line in section("cifar-10").splitlines() if line.startswith(start))
+    images = int(start.split("|")[-2])
+    blind = accuracies("cifar-10", f"{name}/blind" if threat else name, images)
+    seeing = accuracies("cifar-10", f"{name}/{threat}", images) if threat else blind
+    assert cells_of(line)[3:] == [blind[0], blind[3], seeing[3] if threat else "", seeing[4]]
+    assert blind[0] == seeing[0]
+
+
+README_ROWS = [  # rows of CIFAR-10, as in WHITE_BOX
+    ("resnet/normal/pixeldefend", "white-box", "| PixelDefend, `eps=16` | ResNet-62 |"),
+    ("vgg/normal/pixeldefend", "white-box", "| PixelDefend, `eps=16` | VGG-16 |"),
+    (f"{FGSM}/adaptive-pixeldefend", "white-box", "| Adaptive PixelDefend, `eps=16` | ResNet, FGSM |"),
+    ("resnet/normal/score-purifier", EOT, "| `ScorePurifier`, `sigma=0.15` | ResNet-62 |"),
+]
+
+
+@pytest.mark.parametrize(("name", "threat", "start"), README_ROWS)
+def test_the_readme_shows_the_accuracies_of_cifar_10(name, threat, start):
+    lines = (RESULTS.parents[1] / "README.md").read_text().splitlines()
+    shown = cells_of(next(line for line in lines if line.startswith(start)))[2:]
+    blind = accuracies("cifar-10", f"{name}/blind", 1000)
+    alone = accuracies("cifar-10", f"{name.rpartition('/')[0]}/none", 1000)[3]
+    papers = "" if "score" in name else f" (*{strongest_of_the_paper('cifar-10', name)}*)"
+    worst = accuracies("cifar-10", f"{name}/{threat}", 200)[4]
+    assert shown == [blind[0], alone, f"{blind[3]}{papers}", f"**{worst}**"]
+
+
+GAPS = [  # row of CIFAR-10 and the line's first cell
+    ("resnet/normal/pixeldefend", "normal ResNet, `eps=16`"),
+    ("resnet/normal/pixeldefend-24", "normal ResNet, `eps=24`"),
+    (f"{FGSM}/pixeldefend", "ResNet trained on FGSM, `eps=16`"),
+    ("vgg/normal/pixeldefend", "VGG-16, `eps=16`"),
+]
+
+
+@pytest.mark.parametrize(("name", "start"), GAPS)
+def test_the_page_shows_the_gap_to_the_paper_under_blind_bim(name, start):
+    clean, _, bim, *_ = accuracies("cifar-10", f"{name}/blind", 1000)
+    papers = [
+        paper_accuracies()["cifar-10", *name.removesuffix("-24").split("/"), attack, eps]
+        for attack, eps in (("clean", 2), ("bim", 2), ("bim", 8), ("bim", 16))
+    ]
+    gaps = [paper - float(ours) for paper, ours in zip(papers, [clean, *bim.split(" / ")], strict=True)]
+    assert f"\n| {start} | {' | '.join(f'{gap:.1f}' for gap in gaps)} |\n" in section("cifar-10")
+
+
+@pytest.mark.parametrize("dataset", SECTIONS)
+def test_the_page_shows_the_areas_under_the_roc_curves(dataset):
+    areas = [of["auroc"] for of in json.loads((RESULTS / f"{dataset}-detection.json").read_text())["eps"].values()]
+    shown = [f"{attack} {' / '.join(f'{of[attack]:.3f}' for of in areas)}" for attack in areas[0]]
+    assert ", ".join(shown) in " ".join((RESULTS.parent / "README.md").read_text().split())
+
+
+def test_the_page_shows_the_counts_of_appendix_a():
+    found = json.loads((RESULTS / "cifar-10-detection.json").read_text())["eps"]
+    clean, *others = {of["appendix_a"]["above"] for of in found.values()}
+    noisy = " / ".join(str(of["appendix_a"]["above_with_noise"]) for of in found.values())
+    text = " ".join(section("cifar-10").split())
+    assert not others and f"{clean} of 1,000 clean test images exceed 4.5 bits/dim" in text
+    assert f"and {noisy} with uniform noise" in text
 
 
 @pytest.mark.parametrize("dataset", SECTIONS)
 def test_the_page_shows_the_accuracies_by_the_radius_of_the_defence(dataset):
-    section = (
-        (RESULTS.parent / "README.md").read_text().partition(f"\n## {SECTIONS[dataset]}\n")[2].partition("\n## ")[0]
-    )
     measured = json.loads((RESULTS / f"{dataset}-causes.json").read_text())["eps_defend"]
-    lines = re.findall(r"^\| `eps=(\d+)`(?: | , density.* )\| ([\d.]+) \| (.*) \| (.*) \|$", section, re.MULTILINE)
+    lines = re.findall(
+        r"^\| `eps=(\d+)`(?: | , density.* )\| ([\d.]+) \| (.*) \| (.*) \|$", section(dataset), re.MULTILINE
+    )
     assert len(lines) > 1
     for eps, clean, *attacked in lines:
         found = measured[eps]
