@@ -12,6 +12,7 @@ script; otherwise classifiers and images are computed again. ``--density-model``
 - ``thresholds``: for the classifiers behind Adaptive PixelDefend, the shares of attacked images that are classified
   correctly as they are, purified, and in at least one of these ways, which no threshold can exceed;
 - ``classifiers``: images attacked and purified for one classifier, classified by the others;
+- ``ascent``: images under BIM purified by ascent of the likelihood instead of greedy decoding, in the same ball;
 - ``recipes``: the VGG-16 of the table trained otherwise, by the changes of ``RECIPES``;
 - ``sigma``: the score purifier with other noise on the images that choose thresholds, under blind attacks;
 - ``attacks``: the number of images that DeepFool and CW fool before they are clipped, and their perturbations; BIM with
@@ -29,12 +30,13 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from published import RESULTS, Chunk, DataDir, PixelCnn, Shorter, facts_of_run, table_grid
+from published import RESULTS, Chunk, DataDir, PixelCnn, Shorter, facts_of_run, mcnemar, table_grid
 
 from art_pixeldefend import PixelCNNpp, classifiers, datasets, greedy_decode
 from art_pixeldefend.attacks import ATTACKS, make_attack
 from art_pixeldefend.attacks.budget import bim_steps, level
 from art_pixeldefend.evaluation.grid import Cell, Row
+from art_pixeldefend.evaluation.paper.ascent import ascend_together
 from art_pixeldefend.evaluation.paper.drawing import drawn_row
 from art_pixeldefend.evaluation.paper.grids import DENSITY_MODEL, score_purifier
 from art_pixeldefend.evaluation.paper.likelihoods import density_model as density_model_of
@@ -132,6 +134,23 @@ class Ablations:
             for row in self.stages.classifiers()
         }
 
+    def ascent(self) -> dict[str, Any]:
+        """Accuracy and bits per dimension after greedy decoding, and after gradient ascent within the same radius."""
+        model, images = density_model_of(self.stages), {"clean": self.stages.clean(0, self.images)}
+        images |= {f"bim {eps}": self.attacked(self.row, "bim", eps) for eps in self.stages.grid.eps}
+        found: dict[str, Any] = {}
+        for name, x in images.items():
+            levels = to_levels(x, UNIT)
+            ways = {"greedy decoding": greedy_decode(model, levels, self.eps)}
+            ways["gradient ascent"] = ascend_together(model, levels, self.eps)
+            right = {way: self.right(self.row, from_levels(purified, UNIT)) for way, purified in ways.items()}
+            more, fewer, p = mcnemar(np.subtract(*(right[way].astype(int) for way in reversed(ways))))
+            found[name] = {
+                way: {"accuracy_percent": percent(right[way]), "bits_per_dim": float(model.bits_per_dim(of).mean())}
+                for way, of in ways.items()
+            } | {"right_after_ascent_only": more, "right_after_greedy_decoding_only": fewer, "p": p}
+        return found
+
     def recipes(self) -> dict[str, Any]:
         """Accuracy of VGG-16, alone and behind PixelDefend, by changes to its training."""
         row = next(row for row in self.stages.classifiers() if row.network == "vgg")
@@ -209,8 +228,8 @@ def percent(right: np.ndarray) -> float:
 
 PARTS = {
     "density_models": Ablations.density_models, "eps_defend": Ablations.eps_defend, "thresholds": Ablations.thresholds,
-    "classifiers": Ablations.classifiers, "recipes": Ablations.recipes, "sigma": Ablations.sigma,
-    "attacks": Ablations.attacks,
+    "classifiers": Ablations.classifiers, "ascent": Ablations.ascent, "recipes": Ablations.recipes,
+    "sigma": Ablations.sigma, "attacks": Ablations.attacks,
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import torch
 from art_pixeldefend import datasets
 from art_pixeldefend.evaluation.grid import Row
 from art_pixeldefend.evaluation.paper import ascent
-from art_pixeldefend.evaluation.paper.ascent import ascend, bits_and_gradient
+from art_pixeldefend.evaluation.paper.ascent import ascend, ascend_together, bits_and_gradient
 from art_pixeldefend.evaluation.stages import Stages
 from art_pixeldefend.evaluation.store import Store
 
@@ -46,9 +46,22 @@ def test_ascent_ends_likelier_than_it_started(make_model, make_levels):
     assert model.bits_per_dim(np.stack([end, start])).diff() > 0
 
 
+@pytest.mark.parametrize("image_shape", [(1, 5, 7), (3, 4, 4)])
+@pytest.mark.parametrize("eps", [0, 20, 255])
+def test_images_ascend_together_within_the_ball(make_model, make_levels, image_shape, eps):
+    model, levels = make_model(image_shape), make_levels(5, image_shape)
+    found = ascend_together(model, levels, eps, steps=40, batch_size=3)
+    assert found.dtype == np.uint8 and found.shape == levels.shape
+    assert np.abs(found.astype(int) - levels).max() <= eps
+    assert (model.bits_per_dim(found).mean() < model.bits_per_dim(levels).mean()) == (eps > 0)
+    alone = np.concatenate([ascend_together(model, x[None], eps, steps=40) for x in levels])
+    assert np.abs(found.astype(int) - alone).max() <= 1  # the batch changes the order of sums
+
+
 def test_the_models_own_gradients_are_left_alone(make_model):
     model = make_model((1, 5, 7))
     bits_and_gradient(model, np.full((1, 5, 7), 99.0))
+    ascend_together(model, np.full((1, 1, 5, 7), 99, np.uint8), 9, steps=2)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.is_grad_enabled()
 
