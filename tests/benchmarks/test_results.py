@@ -91,6 +91,7 @@ SHOWN = [  # data set, row of its table, and how its line of the page begins or 
     ("cifar-10", "resnet/normal/pixeldefend-24/blind", "| PixelDefend, `eps=24` | normal | blind |"),
     ("cifar-10", "vgg/normal/pixeldefend/blind", "| PixelDefend | normal, VGG-16 | blind |"),
     ("cifar-10", "resnet/normal/score-purifier/blind", "| `ScorePurifier`, `sigma=0.15` | normal | blind |"),
+    ("cifar-10", "resnet/adversarial-bim/none", "| none | BIM | - |"),
     ("cifar-10", f"{FGSM}/none", "| none | FGSM | - |"),
     ("cifar-10", f"{FGSM}/feature-squeezing/white-box", "| feature squeezing | FGSM | white-box |"),
     ("cifar-10", f"{FGSM}/feature-squeezing/blind", "| feature squeezing | FGSM | blind |"),
