@@ -53,7 +53,6 @@ STRONG = ("fgsm", "bim")
 SIGMAS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3)
 OTHER_RECIPES: dict[str, dict[str, Any]] = {
     "2,500 steps": {"steps": 2500},
-    "without crops": {"steps": 2500, "crops": 0},
 }
 ADAPTIVE = "adaptive-pixeldefend"
 
