@@ -105,6 +105,7 @@ WHITE_BOX = [  # rows of CIFAR-10 by classifier and defence, the white-box threa
     ("resnet/normal/none", "", "| none | normal | 200 |"),
     ("vgg/normal/none", "", "| none | normal, VGG-16 | 200 |"),
     (f"{FGSM}/none", "", "| none | FGSM | 200 |"),
+    ("resnet/adversarial-bim/none", "", "| none | BIM | 200 |"),
     ("resnet/normal/pixeldefend", "white-box", "| PixelDefend | normal | 200 |"),
     ("resnet/normal/pixeldefend-24", "white-box", "| PixelDefend, `eps=24` | normal | 200 |"),
     ("vgg/normal/pixeldefend", "white-box", "| PixelDefend | normal, VGG-16 | 200 |"),
@@ -155,6 +156,7 @@ def test_the_page_shows_white_box_beside_blind_accuracies_of_the_same_images(nam
 
 
 README_ROWS = [  # rows of CIFAR-10, as in WHITE_BOX
+    ("resnet/adversarial-bim/none", "", "| none | ResNet, BIM |"),
     ("resnet/normal/pixeldefend", "white-box", "| PixelDefend, `eps=16` | ResNet-62 |"),
     ("vgg/normal/pixeldefend", "white-box", "| PixelDefend, `eps=16` | VGG-16 |"),
     (f"{FGSM}/adaptive-pixeldefend", "white-box", "| Adaptive PixelDefend, `eps=16` | ResNet, FGSM |"),
@@ -166,11 +168,12 @@ README_ROWS = [  # rows of CIFAR-10, as in WHITE_BOX
 def test_the_readme_shows_the_accuracies_of_cifar_10(name, threat, start):
     lines = (RESULTS.parents[1] / "README.md").read_text().splitlines()
     shown = cells_of(next(line for line in lines if line.startswith(start)))[2:]
-    blind = accuracies("cifar-10", f"{name}/blind", 1000)
-    alone = accuracies("cifar-10", f"{name.rpartition('/')[0]}/none", 1000)[3]
+    alone = accuracies("cifar-10", f"{name.rpartition('/')[0]}/none", 1000)
+    blind = accuracies("cifar-10", f"{name}/blind", 1000) if threat else alone
     papers = "" if "score" in name else f" (*{strongest_of_the_paper('cifar-10', name)}*)"
-    worst = accuracies("cifar-10", f"{name}/{threat}", 200)[4]
-    assert shown == [blind[0], alone, f"{blind[3]}{papers}", f"**{worst}**"]
+    worst = accuracies("cifar-10", f"{name}/{threat}" if threat else name, 200)[4]
+    ours = [alone[3], f"{blind[3]}{papers}"] if threat else [f"{alone[3]}{papers}", ""]
+    assert shown == [blind[0], *ours, f"**{worst}**"]
 
 
 GAPS = [  # row of CIFAR-10 and the line's first cell
