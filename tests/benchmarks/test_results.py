@@ -261,3 +261,18 @@ def test_published_false_alarm_rates_are_within_the_binomial_intervals_of_their_
         low, high = rate["binomial_percent"]
         assert low <= rate["rate_percent"] <= high, rate
         assert rate["splits_within_beta_binomial"] >= 0.8 * rate["splits"], rate
+
+
+def test_the_page_shows_vgg_on_images_attacked_for_either_classifier():
+    found = json.loads((RESULTS / "cifar-10-classifiers.json").read_text())["classifiers"]["vgg, normal"]
+    transferred = [" / ".join(f"{found[f'{attack} {eps}']:.1f}" for eps in (2, 8, 16)) for attack in ("fgsm", "bim")]
+    paper = [
+        " / ".join(
+            f"{paper_accuracies()['cifar-10', 'vgg', 'normal', 'pixeldefend', attack, eps]:.0f}" for eps in (2, 8, 16)
+        )
+        for attack in ("fgsm", "bim")
+    ]
+    own = accuracies("cifar-10", "vgg/normal/pixeldefend/blind", 1000)[1:3]
+    for start, values in (("attacks on VGG-16", own), ("attacks on the ResNet", transferred)):
+        assert f"| {start} | {' | '.join(values)} |" in section("cifar-10")
+    assert f"| *the paper* | {' | '.join(f'*{of}*' for of in paper)} |" in section("cifar-10")

@@ -188,7 +188,7 @@ GRIDS = {
         paper=paper_accuracy,
         notes=NOTES
         | {row.defence: f"purifies within {WIDE} levels" for row in WIDE_ROWS}
-        | {"score-purifier": f"{NOTES['score-purifier']}; sigma 0.15, chosen on 200 calibration images"},
+        | {"score-purifier": f"{NOTES['score-purifier']}; sigma 0.15, chosen on 200 training images of the classifier"},
     ),
     # No download, minutes: runs the whole path. A digit has 17 grey values, 16 levels apart, hence the radii.
     "digits": Grid(
