@@ -263,16 +263,32 @@ def test_published_false_alarm_rates_are_within_the_binomial_intervals_of_their_
         assert rate["splits_within_beta_binomial"] >= 0.8 * rate["splits"], rate
 
 
-def test_the_page_shows_vgg_on_images_attacked_for_either_classifier():
-    found = json.loads((RESULTS / "cifar-10-classifiers.json").read_text())["classifiers"]["vgg, normal"]
-    transferred = [" / ".join(f"{found[f'{attack} {eps}']:.1f}" for eps in (2, 8, 16)) for attack in ("fgsm", "bim")]
-    paper = [
-        " / ".join(
-            f"{paper_accuracies()['cifar-10', 'vgg', 'normal', 'pixeldefend', attack, eps]:.0f}" for eps in (2, 8, 16)
-        )
-        for attack in ("fgsm", "bim")
-    ]
-    own = accuracies("cifar-10", "vgg/normal/pixeldefend/blind", 1000)[1:3]
-    for start, values in (("attacks on VGG-16", own), ("attacks on the ResNet", transferred)):
-        assert f"| {start} | {' | '.join(values)} |" in section("cifar-10")
-    assert f"| *the paper* | {' | '.join(f'*{of}*' for of in paper)} |" in section("cifar-10")
+@pytest.mark.parametrize(
+    ("row", "title", "start"),
+    [
+        ("vgg/normal", "vgg, normal", "VGG-16"),
+        (FGSM, "resnet, adversarial-fgsm", "ResNet trained on FGSM"),
+    ],
+)
+def test_the_page_shows_classifiers_on_images_attacked_for_themselves_and_for_the_resnet(row, title, start):
+    found = json.loads((RESULTS / "cifar-10-classifiers.json").read_text())["classifiers"][title]
+    attacks, radii = ("fgsm", "bim"), GRIDS["cifar-10"].eps
+    shown = {
+        "attacks on itself": accuracies("cifar-10", f"{row}/pixeldefend/blind", 1000)[1:3],
+        "attacks on the ResNet": [" / ".join(f"{found[f'{name} {eps}']:.1f}" for eps in radii) for name in attacks],
+    }
+    paper = paper_accuracies()
+    keys = [[("cifar-10", *row.split("/"), "pixeldefend", name, eps) for eps in radii] for name in attacks]
+    shown["*the paper*"] = [f"*{' / '.join(f'{paper[key]:.0f}' for key in of)}*" for of in keys]
+    for kind, cells in shown.items():
+        assert f"\n| {start}, {kind} | {' | '.join(cells)} |\n" in section("cifar-10")
+
+
+@pytest.mark.parametrize("way", ["greedy decoding", "gradient ascent"])
+def test_the_page_shows_greedy_decoding_beside_gradient_ascent(way):
+    found = json.loads((RESULTS / "cifar-10-ascent.json").read_text())["ascent"]
+    clean, *attacked = (of[way] for of in found.values())
+    cells = [f"{clean['accuracy_percent']:.1f}", " / ".join(f"{of['accuracy_percent']:.1f}" for of in attacked)]
+    cells += [f"{clean['bits_per_dim']:.2f}", " / ".join(f"{of['bits_per_dim']:.2f}" for of in attacked)]
+    assert list(found) == ["clean", "bim 2", "bim 8", "bim 16"]
+    assert f"\n| {way} | {' | '.join(cells)} |\n" in section("cifar-10")
