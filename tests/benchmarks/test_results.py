@@ -20,6 +20,7 @@ TABLES = {
     "fashion-mnist": "fashion-mnist",
     "fashion-mnist-10000": "fashion-mnist",
     "fashion-mnist-neighbours": "fashion-mnist",
+    "fashion-mnist-feature-squeezing": "fashion-mnist",
     "cifar-10": "cifar-10",
 }
 
@@ -46,11 +47,11 @@ def bits_of(cell, images):
     return np.array([bit == "1" for bit in cell["right"][:images]])
 
 
-def accuracies(dataset, name, images):
-    """Columns of the page for one row of a paper's table: accuracies within each radius of its first images."""
-    cells = json.loads((RESULTS / f"{dataset}.json").read_text())["cells"]
+def accuracies(stem, name, images):
+    """Columns of the page for one row of a table: accuracies within each radius of its first images."""
+    cells = json.loads((RESULTS / f"{stem}.json").read_text())["cells"]
     columns = {}
-    for eps in GRIDS[dataset].eps:
+    for eps in GRIDS[TABLES[stem]].eps:
         row = name.format(eps)
         right = {
             cell["attack"]: bits_of(cell, images)
@@ -73,9 +74,11 @@ def accuracies(dataset, name, images):
 
 
 FGSM = "resnet/adversarial-fgsm"
-SHOWN = [  # data set, row of its table, and how its line of the page begins or goes on
+SHOWN = [  # table, its row, and how its line of the page begins or goes on
     ("fashion-mnist", "resnet/normal/none/bare", "| none | - | 1,000 |"),
     ("fashion-mnist", "resnet/normal/feature-squeezing/through", "| feature squeezing | white-box | 500 |"),
+    ("fashion-mnist-feature-squeezing", "resnet/normal/feature-squeezing/white-box", "| the same, exact gradient"),
+    ("fashion-mnist-feature-squeezing", "resnet/normal/feature-squeezing/blind", "| feature squeezing, another ResNet"),
     ("fashion-mnist", "resnet/normal/pixeldefend/bare", "| PixelDefend | blind | 1,000 |"),
     ("fashion-mnist", "resnet/normal/pixeldefend/bare", "| PixelDefend | blind | 100 |"),
     ("fashion-mnist", "resnet/normal/pixeldefend/through", "| PixelDefend | white-box | 100 |"),
@@ -135,12 +138,13 @@ def strongest_of_the_paper(dataset, name):
     return " / ".join(f"{paper_accuracies()[dataset, *row, 'strongest', eps]:.0f}" for eps in GRIDS[dataset].eps)
 
 
-@pytest.mark.parametrize(("dataset", "name", "start"), SHOWN)
-def test_the_page_shows_the_accuracies_of_the_images(dataset, name, start):
+@pytest.mark.parametrize(("stem", "name", "start"), SHOWN)
+def test_the_page_shows_the_accuracies_of_the_images(stem, name, start):
+    dataset = TABLES[stem]
     line = next(line for line in section(dataset).splitlines() if start in line)
     *shown, strongest, papers, worst = cells_of(line)
     images, *shown = shown[-4:]
-    assert [*shown, strongest, worst] == accuracies(dataset, name, int(images.replace(",", "")))
+    assert [*shown, strongest, worst] == accuracies(stem, name, int(images.replace(",", "")))
     if papers:
         assert papers == f"*{strongest_of_the_paper(dataset, name)}*"
 
