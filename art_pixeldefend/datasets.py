@@ -102,10 +102,10 @@ class Dataset:
 
         For a model that was trained on ``x_train``, in whatever order, these are ``x_calibration``; its provenance says
         so, as the trainer of this package records number, :func:`fingerprint` and :func:`sample` of the training
-        images. Any other model is assumed to have seen
-        all training images, as the bundled ``digits``, ``fashion-mnist`` and ``fashion-mnist-40x5`` have: for them
-        these are the last ``reserved`` test images, which must be in no particular order. So they are for the bundled
-        ``cifar-10``, whose last run was trained on a part of ``x_train``.
+        images. Any other model is assumed to have seen all training images, as the bundled ``digits``,
+        ``fashion-mnist`` and ``fashion-mnist-40x5`` have: for them these are the last ``reserved`` test images, which
+        must be in no particular order. So they are for the bundled ``cifar-10``, whose last run was trained on a part
+        of ``x_train``.
 
         Args:
             models: image models. If all were made elsewhere and you trained them on ``x_train`` only, use
@@ -149,11 +149,14 @@ def _trained_on_only(provenance: Any, x: np.ndarray) -> bool:
 
 
 def _trained_last_on(provenance: Mapping[str, Any], x: np.ndarray) -> bool:
-    """Whether a model's last run was trained on these images: those of the same fingerprint, or, in another order, as
-    many with the same :func:`sample`."""
-    if provenance.get(FINGERPRINT) == fingerprint(x):
-        return True
-    return provenance.get("training_images") == len(x) and provenance.get(SAMPLE) == sample(x)
+    """Whether a model's last run was trained on these images, in whatever order.
+
+    In the same order they have the same :func:`fingerprint`; in another one, the same number and :func:`sample`.
+    """
+    count = provenance.get("training_images")
+    if count not in (None, len(x)):
+        return False
+    return provenance.get(FINGERPRINT) == fingerprint(x) or (count is not None and provenance.get(SAMPLE) == sample(x))
 
 
 FINGERPRINT = "training_images_sha256"  # the entry of a model's provenance

@@ -40,15 +40,15 @@ def test_the_same_cells_are_measured_with_another_density_model(script, tmp_path
     assert result["eps_defend"]["56"].items() <= ours.items()
 
 
-def test_a_network_is_trained_by_another_recipe(script, tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "OTHER_RECIPES", {"longer": {"steps": 30}})
+def test_a_network_is_trained_for_another_number_of_steps(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "OTHER_STEPS", (30,))
     script.main(tmp_path / "work", "digits", [], ["recipes"], images=4, out=tmp_path / "causes.json")
     result = json.loads((tmp_path / "causes.json").read_text())["recipes"]
-    assert list(result) == ["as in the table", "longer"]
+    assert list(result) == ["as in the table", "30 steps"]
     for numbers in result.values():
         assert set(numbers) == {"all test images", "fgsm 40", "bim 40"}
         assert set(numbers["bim 40"]) == {"alone", "purified"}
-    assert result["longer"]["all test images"] > result["as in the table"]["all test images"] + 10
+    assert result["30 steps"]["all test images"] > result["as in the table"]["all test images"] + 10
 
 
 def test_next_to_no_noise_leaves_the_classifiers_accuracy(script, tmp_path, monkeypatch):
